@@ -1,11 +1,12 @@
-// Stands in for kernels/cuda in a build without the CUDA backend: asking for it is an error, never a
-// quiet fallback.
+// Stands in for kernels/cuda in a build without the CUDA backend: asking for it is an error, never
+// a quiet fallback.
 #include "kernels/ops.h"
 
 namespace krait {
 
 std::unique_ptr<Ops> make_cuda_ops(int) {
-  throw Error(ErrorKind::device, "a CUDA device was asked for, but this krait was built without CUDA",
+  throw Error(ErrorKind::device,
+              "a CUDA device was asked for, but this krait was built without CUDA",
               "build with the preset cuda-release, or use --device cpu");
 }
 

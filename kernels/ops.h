@@ -1,15 +1,16 @@
-// The verbs: everything the model and the runtime ask of a device. Each verb states its equation, shapes
-// and layout here; kernels/cpu is the definition, kernels/cuda the fast form, and a test holds the second
-// to the first. Nothing above this header knows which device it runs on.
+// The verbs: everything the model and the runtime ask of a device. Each verb states its equation,
+// shapes and layout here; kernels/cpu is the definition, kernels/cuda the fast form, and a test
+// holds the second to the first. Nothing above this header knows which device it runs on.
 //
 // Conventions
 //   n_tok     tokens of the step, the sequences packed one after the other
 //   n_seq     sequences of the step; sequence s owns rows seq_start[s] .. seq_start[s+1]
-//   slot      index of a sequence's state in the pool; slot -1 marks a padding row, which is skipped
-//   T         activation type: Ops::activation_dtype(weight type); on the CPU always f32
+//   slot      index of a sequence's state in the pool; slot -1 marks a padding row, which is
+//   skipped T         activation type: Ops::activation_dtype(weight type); on the CPU always f32
 //   Matrices are row-major; "[a, b] view" may be a block of columns of a wider matrix (row_stride).
 //   A weight W is [out, in] as in checkpoints: linear is in * W^T.
-// All verbs are ordered on one stream and return before the work is done where the device is asynchronous.
+// All verbs are ordered on one stream and return before the work is done where the device is
+// asynchronous.
 #pragma once
 
 #include <cstddef>
@@ -29,9 +30,10 @@ namespace krait {
 struct Batch {
   int64_t n_tok = 0;
   int64_t n_seq = 0;
-  int64_t max_len = 0;  ///< longest sequence of the step; 1 means that every sequence brings one token
-  Tensor seq_start;     ///< i32 [n_seq + 1]
-  Tensor slot;          ///< i32 [n_seq]
+  int64_t max_len =
+      0;             ///< longest sequence of the step; 1 means that every sequence brings one token
+  Tensor seq_start;  ///< i32 [n_seq + 1]
+  Tensor slot;       ///< i32 [n_seq]
 };
 
 /// Inputs of selective_scan, in the letters of Gu & Dao 2023, algorithm 2.
@@ -47,39 +49,41 @@ struct ScanInputs {
 };
 
 /// How one sequence samples; plain data, so that a device can hold an array of them (one per slot).
-/// Definitions and order are llama.cpp's: logit bias, penalties, top-k, typical, top-p, min-p, temperature,
-/// then a draw. Each filter works on the softmax of what the filters before it left.
+/// Definitions and order are llama.cpp's: logit bias, penalties, top-k, typical, top-p, min-p,
+/// temperature, then a draw. Each filter works on the softmax of what the filters before it left.
 struct SampleParams {
-  float temperature = 1.0F;        ///< <= 0: the largest logit (greedy); the filters then don't matter
-  float top_p = 1.0F;              ///< >= 1: off. Smallest set of largest probabilities with sum >= top_p
-  float min_p = 0.0F;              ///< <= 0: off. Keeps logit >= max + log(min_p)
-  float typical_p = 1.0F;          ///< >= 1: off. Meister et al. 2022
+  float temperature = 1.0F;  ///< <= 0: the largest logit (greedy); the filters then don't matter
+  float top_p = 1.0F;        ///< >= 1: off. Smallest set of largest probabilities with sum >= top_p
+  float min_p = 0.0F;        ///< <= 0: off. Keeps logit >= max + log(min_p)
+  float typical_p = 1.0F;    ///< >= 1: off. Meister et al. 2022
   float repeat_penalty = 1.0F;     ///< 1: off. logit > 0 ? logit / p : logit * p, for tokens seen
   float presence_penalty = 0.0F;   ///< logit -= p for tokens seen
   float frequency_penalty = 0.0F;  ///< logit -= p * count
   int32_t top_k = 0;               ///< <= 0: off
-  int32_t repeat_last_n = 64;      ///< window of "seen", counted in tokens; 0 off, -1 the whole sequence
-  int32_t reserved = 0;            ///< keeps `seed` aligned and the struct free of padding
+  int32_t repeat_last_n =
+      64;                ///< window of "seen", counted in tokens; 0 off, -1 the whole sequence
+  int32_t reserved = 0;  ///< keeps `seed` aligned and the struct free of padding
   uint64_t seed = 0;
-  uint64_t sequence = 0;           ///< with seed and position, the key of the random stream (Philox 4x32-10)
+  uint64_t sequence = 0;  ///< with seed and position, the key of the random stream (Philox 4x32-10)
 };
 
 /// Everything the sample verb keeps between tokens, in device memory, indexed by slot.
 struct SampleState {
-  Tensor params;      ///< u8 [n_slot, sizeof(SampleParams)]
-  Tensor position;    ///< i64 [n_slot]: tokens sampled so far; sample() adds one
-  Tensor next_id;     ///< i32 [n_slot]: the token sampled last, the input of the next step
-  Tensor seen;        ///< i32 [n_slot, window]: ring of the last tokens; slot's length in seen_len
-  Tensor seen_len;    ///< i64 [n_slot]: tokens ever put into the ring (prompt and generated)
-  Tensor counts;      ///< i32 [n_slot, vocab]: occurrences in the window (min(repeat_last_n, window)); null: no penalties
-  Tensor bias_id;     ///< i32 [n_slot, max_bias]: biased tokens, -1 = unused; null: none
+  Tensor params;    ///< u8 [n_slot, sizeof(SampleParams)]
+  Tensor position;  ///< i64 [n_slot]: tokens sampled so far; sample() adds one
+  Tensor next_id;   ///< i32 [n_slot]: the token sampled last, the input of the next step
+  Tensor seen;      ///< i32 [n_slot, window]: ring of the last tokens; slot's length in seen_len
+  Tensor seen_len;  ///< i64 [n_slot]: tokens ever put into the ring (prompt and generated)
+  Tensor counts;   ///< i32 [n_slot, vocab]: occurrences in the window (min(repeat_last_n, window));
+                   ///< null: no penalties
+  Tensor bias_id;  ///< i32 [n_slot, max_bias]: biased tokens, -1 = unused; null: none
   Tensor bias_value;  ///< f32 [n_slot, max_bias]; -inf forbids a token
 };
 
 struct DeviceInfo {
-  std::string name;           ///< "NVIDIA H100 80GB HBM3", "CPU (AVX2, 8 threads)"
-  size_t memory_total = 0;    ///< bytes
-  size_t memory_free = 0;     ///< bytes, now
+  std::string name;         ///< "NVIDIA H100 80GB HBM3", "CPU (AVX2, 8 threads)"
+  size_t memory_total = 0;  ///< bytes
+  size_t memory_free = 0;   ///< bytes, now
 };
 
 class Ops {
@@ -94,10 +98,11 @@ class Ops {
   /// Type of activations between verbs for matrices of type `weights` (f32, f16 or bf16).
   [[nodiscard]] virtual DType activation_dtype(DType weights) const = 0;
 
-  // ---- memory --------------------------------------------------------------------------------------
+  // ---- memory
+  // --------------------------------------------------------------------------------------
 
-  /// Device memory, aligned to 256 bytes, uninitialised. Error device when there is none left, with the
-  /// bytes wanted and free and `what` they were for.
+  /// Device memory, aligned to 256 bytes, uninitialised. Error device when there is none left, with
+  /// the bytes wanted and free and `what` they were for.
   [[nodiscard]] virtual Buffer allocate(size_t bytes, std::string_view what) = 0;
   /// Host to device; `src` may be reused on return.
   virtual void upload(void* dst, const void* src, size_t bytes) = 0;
@@ -108,21 +113,24 @@ class Ops {
   virtual void synchronize() = 0;
 
   /// Brings a weight (dense, host memory that stays mapped as long as this object) to the device as
-  /// `dtype`: a view of the host memory where that will do (CPU, same dtype, aligned), else a converted
-  /// copy owned by this object. Returns at once where it can; weights_ready() completes all.
+  /// `dtype`: a view of the host memory where that will do (CPU, same dtype, aligned), else a
+  /// converted copy owned by this object. Returns at once where it can; weights_ready() completes
+  /// all.
   [[nodiscard]] virtual Tensor import_weight(const Tensor& host, DType dtype) = 0;
   virtual void weights_ready() = 0;
 
-  // ---- verbs ---------------------------------------------------------------------------------------
+  // ---- verbs
+  // ---------------------------------------------------------------------------------------
 
-  /// residual[t] = table[ids[t]].  residual f32 [n_tok, d_model], ids i32 [n_tok], table W [vocab, d_model]
-  /// The caller has checked the ids.
+  /// residual[t] = table[ids[t]].  residual f32 [n_tok, d_model], ids i32 [n_tok], table W [vocab,
+  /// d_model] The caller has checked the ids.
   virtual void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) = 0;
 
   /// out[i] = src[index[i]].  out [n, width], src of the same type, index i32 [n]
   virtual void gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) = 0;
 
-  /// out = x * rsqrt(mean(x^2) + eps) * weight, per row.  out T or f32 [n, d], x f32 [n, d], weight f32 [d]
+  /// out = x * rsqrt(mean(x^2) + eps) * weight, per row.  out T or f32 [n, d], x f32 [n, d], weight
+  /// f32 [d]
   virtual void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) = 0;
 
   /// out = in * W^T (+ bias).  out T or f32 [n, n_out] view, in T [n, n_in] view, W [n_out, n_in],
@@ -130,29 +138,31 @@ class Ops {
   virtual void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) = 0;
 
   /// acc += in * W^T (+ bias).  acc f32 [n, n_out]; the rest as linear.
-  virtual void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W, const Tensor& bias) = 0;
+  virtual void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
+                          const Tensor& bias) = 0;
 
   /// Causal depthwise convolution over time, then SiLU:
   ///   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (d_conv-1) + j, e])
-  /// where u continues, before the first row of a sequence, in conv_state[slot] (oldest first; zeros at
-  /// the start of a text). Afterwards conv_state[slot] holds the last d_conv-1 inputs.
-  /// out T [n_tok, d_inner], u T [n_tok, d_inner] view, weight f32 [d_inner, d_conv],
-  /// bias f32 [d_inner] or null, conv_state T [n_slot, d_conv-1, d_inner]. out and u do not overlap.
-  virtual void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
-                           const Tensor& conv_state, const Batch& batch) = 0;
+  /// where u continues, before the first row of a sequence, in conv_state[slot] (oldest first;
+  /// zeros at the start of a text). Afterwards conv_state[slot] holds the last d_conv-1 inputs. out
+  /// T [n_tok, d_inner], u T [n_tok, d_inner] view, weight f32 [d_inner, d_conv], bias f32
+  /// [d_inner] or null, conv_state T [n_slot, d_conv-1, d_inner]. out and u do not overlap.
+  virtual void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight,
+                           const Tensor& bias, const Tensor& conv_state, const Batch& batch) = 0;
 
   /// Selective scan of Mamba-1 with gate (Gu & Dao 2023, algorithm 2), per channel e and state n:
   ///   dt = softplus(dt + dt_bias)                      softplus(v) = v for v > 20
-  ///   h  = exp(dt * A) * h + dt * B * x                from h = ssm_state[slot], left there at the end
-  ///   y  = (sum_n C * h + D * x) * silu(z)
-  /// y T [n_tok, d_inner]; ssm_state f32, bf16 or f16 [n_slot, d_inner, d_state]. y may be in.x or in.dt.
+  ///   h  = exp(dt * A) * h + dt * B * x                from h = ssm_state[slot], left there at the
+  ///   end y  = (sum_n C * h + D * x) * silu(z)
+  /// y T [n_tok, d_inner]; ssm_state f32, bf16 or f16 [n_slot, d_inner, d_state]. y may be in.x or
+  /// in.dt.
   virtual void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                               const Batch& batch) = 0;
 
-  /// Samples one token for each row of logits f32 [n_seq, vocab_rows]; columns from `vocab` on are padding
-  /// and never sampled. Row s belongs to slot[s] (i32 [n_seq]). Writes state.next_id[slot], adds it to the
-  /// window of seen tokens and posts the n_seq tokens to the mailbox (see receive). `logits` is scratch
-  /// afterwards.
+  /// Samples one token for each row of logits f32 [n_seq, vocab_rows]; columns from `vocab` on are
+  /// padding and never sampled. Row s belongs to slot[s] (i32 [n_seq]). Writes state.next_id[slot],
+  /// adds it to the window of seen tokens and posts the n_seq tokens to the mailbox (see receive).
+  /// `logits` is scratch afterwards.
   virtual void sample(const Tensor& logits, int64_t vocab, const SampleState& state,
                       const Tensor& slot, int64_t n_seq) = 0;
 
@@ -160,11 +170,13 @@ class Ops {
   /// outstanding) and writes its tokens, in the order of its rows.
   virtual void receive(std::span<int32_t> tokens) = 0;
 
-  // ---- whole steps ---------------------------------------------------------------------------------
+  // ---- whole steps
+  // ---------------------------------------------------------------------------------
 
-  /// Runs `step`, which calls verbs only, and may remember their launches under `key`: a later call with
-  /// the same key may repeat them without calling `step`. So everything that changes from call to call
-  /// must lie in device memory, and the key must name everything else that `step` depends on.
+  /// Runs `step`, which calls verbs only, and may remember their launches under `key`: a later call
+  /// with the same key may repeat them without calling `step`. So everything that changes from call
+  /// to call must lie in device memory, and the key must name everything else that `step` depends
+  /// on.
   virtual void replay(uint64_t key, const std::function<void()>& step) {
     (void)key;
     step();

@@ -13,7 +13,8 @@ class Buffer {
   Buffer() = default;
   Buffer(void* data, size_t bytes, Free free) noexcept : data_(data), bytes_(bytes), free_(free) {}
   Buffer(Buffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)),
+      : data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)),
         free_(other.free_) {}
   Buffer& operator=(Buffer&& other) noexcept {
     if (this != &other) {

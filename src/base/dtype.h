@@ -1,4 +1,5 @@
-// Element types of tensors, and the 16-bit floats as storage types with conversions to and from float.
+// Element types of tensors, and the 16-bit floats as storage types with conversions to and from
+// float.
 #pragma once
 
 #include <bit>
@@ -17,17 +18,21 @@ enum class DType : uint8_t { f32, f16, bf16, f64, i8, u8, i16, u16, i32, u32, i6
   switch (t) {
     case DType::i8:
     case DType::u8:
-    case DType::boolean: return 1;
+    case DType::boolean:
+      return 1;
     case DType::f16:
     case DType::bf16:
     case DType::i16:
-    case DType::u16: return 2;
+    case DType::u16:
+      return 2;
     case DType::f32:
     case DType::i32:
-    case DType::u32: return 4;
+    case DType::u32:
+      return 4;
     case DType::f64:
     case DType::i64:
-    case DType::u64: return 8;
+    case DType::u64:
+      return 8;
   }
   return 0;
 }
@@ -43,7 +48,8 @@ enum class DType : uint8_t { f32, f16, bf16, f64, i8, u8, i16, u16, i32, u32, i6
   return t == DType::f32 || t == DType::f16 || t == DType::bf16;
 }
 
-/// bfloat16: the upper half of a float. Conversion from float rounds to nearest even; NaN stays NaN.
+/// bfloat16: the upper half of a float. Conversion from float rounds to nearest even; NaN stays
+/// NaN.
 struct bf16_t {
   uint16_t bits = 0;
   constexpr bf16_t() = default;
@@ -58,7 +64,8 @@ struct bf16_t {
   }
 };
 
-/// IEEE half. Conversion from float rounds to nearest even, overflows to infinity, keeps subnormals.
+/// IEEE half. Conversion from float rounds to nearest even, overflows to infinity, keeps
+/// subnormals.
 struct f16_t {
   uint16_t bits = 0;
   constexpr f16_t() = default;
@@ -93,14 +100,19 @@ struct f16_t {
   }
 };
 
-/// Calls f(T{}) with T = float, f16_t or bf16_t: the one place where a run-time dtype becomes a type.
+/// Calls f(T{}) with T = float, f16_t or bf16_t: the one place where a run-time dtype becomes a
+/// type.
 template <typename F>
 decltype(auto) visit_dtype(DType t, std::string_view what, F&& f) {
   switch (t) {
-    case DType::f32: return std::forward<F>(f)(float{});
-    case DType::f16: return std::forward<F>(f)(f16_t{});
-    case DType::bf16: return std::forward<F>(f)(bf16_t{});
-    default: break;
+    case DType::f32:
+      return std::forward<F>(f)(float{});
+    case DType::f16:
+      return std::forward<F>(f)(f16_t{});
+    case DType::bf16:
+      return std::forward<F>(f)(bf16_t{});
+    default:
+      break;
   }
   throw Error(ErrorKind::unsupported,
               fmt::format("{}: expected f32, f16 or bf16, found {}", what, dtype_name(t)));

@@ -1,14 +1,14 @@
 // The one error type of krait. It is thrown where the fact is known and caught once, in main.cpp.
 //
-// A message is one sentence: what was expected, what was found, where. The hint, if any, says what the
-// user can do about it.
+// A message is one sentence: what was expected, what was found, where. The hint, if any, says what
+// the user can do about it.
 #pragma once
+
+#include <fmt/format.h>
 
 #include <exception>
 #include <string>
 #include <utility>
-
-#include <fmt/format.h>
 
 namespace krait {
 
@@ -18,7 +18,8 @@ enum class ErrorKind {
   usage,        ///< a flag or argument that makes no sense
   file,         ///< a file is missing or unreadable
   format,       ///< a file is corrupt or contradicts itself
-  unsupported,  ///< a valid file of an architecture, tensor type or component that krait does not build
+  unsupported,  ///< a valid file of an architecture, tensor type or component that krait does not
+                ///< build
   device,       ///< no such device, or it is out of memory
 };
 
@@ -38,15 +39,21 @@ class Error : public std::exception {
   std::string hint_;
 };
 
-/// Exit code of the process for an error: 1 run time, 2 usage, 3 file or format, 4 unsupported, 5 device.
+/// Exit code of the process for an error: 1 run time, 2 usage, 3 file or format, 4 unsupported, 5
+/// device.
 [[nodiscard]] constexpr int exit_code(ErrorKind kind) noexcept {
   switch (kind) {
-    case ErrorKind::runtime: return 1;
-    case ErrorKind::usage: return 2;
+    case ErrorKind::runtime:
+      return 1;
+    case ErrorKind::usage:
+      return 2;
     case ErrorKind::file:
-    case ErrorKind::format: return 3;
-    case ErrorKind::unsupported: return 4;
-    case ErrorKind::device: return 5;
+    case ErrorKind::format:
+      return 3;
+    case ErrorKind::unsupported:
+      return 4;
+    case ErrorKind::device:
+      return 5;
   }
   return 1;
 }

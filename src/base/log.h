@@ -5,7 +5,8 @@
 
 namespace krait {
 
-/// Sets up the default logger on stderr: "warning: ..." lines, colours only on a terminal without NO_COLOR.
+/// Sets up the default logger on stderr: "warning: ..." lines, colours only on a terminal without
+/// NO_COLOR.
 void init_logging(spdlog::level::level_enum level);
 
 }  // namespace krait

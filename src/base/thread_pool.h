@@ -1,5 +1,5 @@
-// A fixed set of threads for data-parallel loops inside one verb. Waiting threads spin briefly, then sleep:
-// a decode step of a small model is made of loops of a few microseconds.
+// A fixed set of threads for data-parallel loops inside one verb. Waiting threads spin briefly,
+// then sleep: a decode step of a small model is made of loops of a few microseconds.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,12 @@ class ThreadPool {
 
   [[nodiscard]] int size() const noexcept;
 
-  /// Calls f(begin, end) for disjoint ranges that cover [0, n), each at least `grain` long but the last,
-  /// and returns when all are done. The ranges never depend on timing. f must not throw.
+  /// Calls f(begin, end) for disjoint ranges that cover [0, n), each at least `grain` long but the
+  /// last, and returns when all are done. The ranges never depend on timing. f must not throw.
   template <typename F>
   void parallel_for(int64_t n, int64_t grain, F&& f) {
-    run(n, grain, [](void* c, int64_t b, int64_t e) { (*static_cast<F*>(c))(b, e); },
+    run(
+        n, grain, [](void* c, int64_t b, int64_t e) { (*static_cast<F*>(c))(b, e); },
         const_cast<void*>(static_cast<const void*>(&f)));
   }
 

@@ -1,8 +1,9 @@
-// A checkpoint is a set of named tensors in files. It knows names, types and shapes, and nothing of models.
+// A checkpoint is a set of named tensors in files. It knows names, types and shapes, and nothing of
+// models.
 //
 // Files are mapped read-only and tensors are views into the mapping, which lives as long as the
-// Checkpoint. Every length and offset in a file is checked before it is used: a damaged or hostile file
-// gives an Error of kind format, never a crash and never memory allocated on its word.
+// Checkpoint. Every length and offset in a file is checked before it is used: a damaged or hostile
+// file gives an Error of kind format, never a crash and never memory allocated on its word.
 #pragma once
 
 #include <filesystem>
@@ -35,8 +36,9 @@ class Checkpoint {
 };
 
 /// Opens `path`: a .safetensors or .bin file, or a folder that holds model.safetensors,
-/// model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json (looked for in this
-/// order). Errors: file (missing), format (corrupt), unsupported (a format krait does not read).
+/// model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json (looked for in
+/// this order). Errors: file (missing), format (corrupt), unsupported (a format krait does not
+/// read).
 [[nodiscard]] std::unique_ptr<Checkpoint> open_checkpoint(const std::filesystem::path& path);
 
 /// One safetensors file (https://github.com/huggingface/safetensors, "Format").
@@ -46,7 +48,9 @@ class Checkpoint {
 /// Shards named by an index `{"weight_map": {tensor: file}}`; each shard of either kind.
 [[nodiscard]] std::unique_ptr<Checkpoint> open_sharded(const std::filesystem::path& index_json);
 
-/// Writes tensors as one safetensors file, under a temporary name first, so that no partial file is left.
-void write_safetensors(const std::filesystem::path& file, const std::vector<Checkpoint::Entry>& tensors);
+/// Writes tensors as one safetensors file, under a temporary name first, so that no partial file is
+/// left.
+void write_safetensors(const std::filesystem::path& file,
+                       const std::vector<Checkpoint::Entry>& tensors);
 
 }  // namespace krait

@@ -4,21 +4,21 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include <nlohmann/json_fwd.hpp>
-
 namespace krait {
 
 struct ModelConfig {
-  std::string family;          ///< "mamba1"
-  std::string layout;          ///< whose names the config uses: "huggingface" or "state-spaces"
+  std::string family;  ///< "mamba1"
+  std::string layout;  ///< whose names the config uses: "huggingface" or "state-spaces"
   int64_t d_model = 0;
   int64_t n_layer = 0;
-  int64_t vocab_size = 0;      ///< tokens that may be sampled
-  int64_t vocab_rows = 0;      ///< rows of the embedding: vocab_size and padding; 0 until the tensors are seen
+  int64_t vocab_size = 0;  ///< tokens that may be sampled
+  int64_t vocab_rows =
+      0;  ///< rows of the embedding: vocab_size and padding; 0 until the tensors are seen
   int64_t d_inner = 0;
   int64_t d_state = 0;
   int64_t d_conv = 0;
@@ -29,8 +29,8 @@ struct ModelConfig {
   std::optional<int32_t> bos_id;
 };
 
-/// Translates a parsed config.json. `where` names the file in messages. Errors: format (a missing or
-/// impossible value), unsupported (a family krait does not build, by its name).
+/// Translates a parsed config.json. `where` names the file in messages. Errors: format (a missing
+/// or impossible value), unsupported (a family krait does not build, by its name).
 [[nodiscard]] ModelConfig parse_config(const nlohmann::json& json, const std::string& where);
 
 /// Reads and parses `file`.

@@ -13,8 +13,8 @@
 
 namespace krait {
 
-/// One tensor of a layer's per-sequence state, or of a step's activations: the shape is that of one slot
-/// or one token.
+/// One tensor of a layer's per-sequence state, or of a step's activations: the shape is that of one
+/// slot or one token.
 struct TensorSpec {
   std::string name;
   Shape shape;
@@ -34,19 +34,21 @@ class Model {
   [[nodiscard]] const ModelConfig& config() const noexcept { return config_; }
   [[nodiscard]] DType weight_dtype() const noexcept { return weight_dtype_; }
   [[nodiscard]] int64_t parameter_count() const noexcept { return parameter_count_; }
-  /// Bytes of all weights on the device, and those a decode step reads (a tied embedding counts once).
+  /// Bytes of all weights on the device, and those a decode step reads (a tied embedding counts
+  /// once).
   [[nodiscard]] size_t weight_bytes() const noexcept { return weight_bytes_; }
 
   /// State of one layer and one sequence. `ssm` is the type chosen by --state-dtype.
   [[nodiscard]] virtual std::vector<TensorSpec> layer_state(DType activation, DType ssm) const = 0;
   [[nodiscard]] virtual std::vector<TensorSpec> activations(DType activation) const = 0;
 
-  /// The blocks: residual f32 [n_tok, d_model] goes in as the embedding of `ids` and comes out as the input
-  /// of the final norm. state[layer] belongs to layer `layer`.
+  /// The blocks: residual f32 [n_tok, d_model] goes in as the embedding of `ids` and comes out as
+  /// the input of the final norm. state[layer] belongs to layer `layer`.
   virtual void forward(Ops& op, const Tensor& residual, const Tensor& ids, const Batch& batch,
                        const Activations& act, const std::vector<LayerState>& state) const = 0;
 
-  /// Final norm and head: logits f32 [n, vocab_rows] of residual f32 [n, d_model]; normed T [n, d_model].
+  /// Final norm and head: logits f32 [n, vocab_rows] of residual f32 [n, d_model]; normed T [n,
+  /// d_model].
   void head(Ops& op, const Tensor& logits, const Tensor& normed, const Tensor& residual) const;
 
  protected:
@@ -59,10 +61,11 @@ class Model {
   Tensor lm_head_;    ///< W [vocab_rows, d_model]; the embedding when tied
 };
 
-/// Loads the weights of `config` from `checkpoint` to the device of `op`, as `dtype` (the type of the
-/// file's matrices when empty). The checkpoint must live as long as `op`. `progress`, if set, is called
-/// with bytes done and bytes in all. Errors: format (missing tensor, wrong shape, a config that
-/// contradicts the tensors), unsupported (a tensor type). Unused tensors are warned of by name.
+/// Loads the weights of `config` from `checkpoint` to the device of `op`, as `dtype` (the type of
+/// the file's matrices when empty). The checkpoint must live as long as `op`. `progress`, if set,
+/// is called with bytes done and bytes in all. Errors: format (missing tensor, wrong shape, a
+/// config that contradicts the tensors), unsupported (a tensor type). Unused tensors are warned of
+/// by name.
 [[nodiscard]] std::unique_ptr<Model> load_model(
     const ModelConfig& config, const Checkpoint& checkpoint, Ops& op, std::optional<DType> dtype,
     const std::function<void(size_t, size_t)>& progress = {});

@@ -1,9 +1,9 @@
-// The engine moves sequences through a model: it owns the state slots, the step's activations and the
-// sampling state, splits prompts into chunks, and launches decode steps ahead of their reading.
+// The engine moves sequences through a model: it owns the state slots, the step's activations and
+// the sampling state, splits prompts into chunks, and launches decode steps ahead of their reading.
 //
-// A sequence is a slot. prefill() and step() launch work and end by sampling one token for each of their
-// sequences; receive() hands these tokens back in the order of the launches. A caller who launches the
-// next step before it receives the last token keeps the device busy:
+// A sequence is a slot. prefill() and step() launch work and end by sampling one token for each of
+// their sequences; receive() hands these tokens back in the order of the launches. A caller who
+// launches the next step before it receives the last token keeps the device busy:
 //
 //   engine.open(slot, params); engine.prefill(slot, prompt);
 //   for (;;) { engine.step({slot}); token = engine.receive(); ... }
@@ -22,12 +22,13 @@
 namespace krait {
 
 struct EngineOptions {
-  int64_t n_slot = 1;                 ///< sequences that can be open at once
-  int64_t prefill_chunk = 0;          ///< tokens per prefill step; 0: chosen by the backend
-  DType state_dtype = DType::f32;     ///< of the ssm state
-  bool penalties = true;              ///< keep token counts, so that penalties can be used
-  int64_t max_seen_window = 4096;     ///< largest repeat_last_n that is honoured; -1 in params means this
-  int64_t max_bias = 64;              ///< largest number of logit biases per sequence
+  int64_t n_slot = 1;              ///< sequences that can be open at once
+  int64_t prefill_chunk = 0;       ///< tokens per prefill step; 0: chosen by the backend
+  DType state_dtype = DType::f32;  ///< of the ssm state
+  bool penalties = true;           ///< keep token counts, so that penalties can be used
+  int64_t max_seen_window =
+      4096;               ///< largest repeat_last_n that is honoured; -1 in params means this
+  int64_t max_bias = 64;  ///< largest number of logit biases per sequence
 };
 
 /// Bytes of device memory by use, as `inspect` and the statistics line report them.
@@ -38,7 +39,8 @@ struct EngineMemory {
   size_t state_per_sequence = 0;
 };
 
-/// Logits of consecutive positions, on the host: rows f32 [n_rows, vocab_size], valid during the call.
+/// Logits of consecutive positions, on the host: rows f32 [n_rows, vocab_size], valid during the
+/// call.
 using LogitsSink = std::function<void(int64_t first_position, int64_t n_rows, const float* rows)>;
 
 using LogitBias = std::vector<std::pair<int32_t, float>>;
@@ -50,25 +52,27 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  /// Starts an empty sequence in `slot`: zero state, position 0. Errors: usage when there are more biases
-  /// than max_bias or an id outside the vocabulary.
+  /// Starts an empty sequence in `slot`: zero state, position 0. Errors: usage when there are more
+  /// biases than max_bias or an id outside the vocabulary.
   void open(int slot, const SampleParams& params, const LogitBias& bias = {});
 
-  /// Feeds `ids` to the sequence; then samples a token unless `sample` is false. With `sink`, hands over
-  /// the logits of every position (or of the last alone, `last_only`). `cancelled`, asked between chunks,
-  /// ends the call early with false. Errors: usage when an id is outside the vocabulary, or ids is empty.
-  bool prefill(int slot, std::span<const int32_t> ids, bool sample = true, const LogitsSink& sink = {},
-               bool last_only = false, const std::function<bool()>& cancelled = {});
+  /// Feeds `ids` to the sequence; then samples a token unless `sample` is false. With `sink`, hands
+  /// over the logits of every position (or of the last alone, `last_only`). `cancelled`, asked
+  /// between chunks, ends the call early with false. Errors: usage when an id is outside the
+  /// vocabulary, or ids is empty.
+  bool prefill(int slot, std::span<const int32_t> ids, bool sample = true,
+               const LogitsSink& sink = {}, bool last_only = false,
+               const std::function<bool()>& cancelled = {});
 
   /// Each slot feeds the token it sampled last and samples the next. Launches only.
   void step(std::span<const int32_t> slots);
 
-  /// Waits for the oldest prefill or step not yet received and returns its tokens, in the order of its
-  /// slots; valid until the next call.
+  /// Waits for the oldest prefill or step not yet received and returns its tokens, in the order of
+  /// its slots; valid until the next call.
   [[nodiscard]] std::span<const int32_t> receive();
 
-  /// Logits of row `row` of the latest launch, before penalties: f32 [vocab_size] on the host. Waits for it.
-  /// Only with keep_logits(true), which must be set before the launch.
+  /// Logits of row `row` of the latest launch, before penalties: f32 [vocab_size] on the host.
+  /// Waits for it. Only with keep_logits(true), which must be set before the launch.
   void keep_logits(bool keep);
   [[nodiscard]] std::span<const float> logits(int64_t row = 0);
 

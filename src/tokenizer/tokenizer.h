@@ -26,12 +26,14 @@ class Tokenizer {
   /// Number of ids: one more than the largest.
   [[nodiscard]] virtual int64_t vocab_size() const = 0;
   /// Text is UTF-8; invalid bytes are read as U+FFFD.
-  [[nodiscard]] virtual std::vector<int32_t> encode(std::string_view text, EncodeOptions = {}) const = 0;
-  /// The raw bytes a token contributes at position `first ? start of text : later`: may end within a UTF-8
-  /// sequence. Special tokens give nothing unless `special`. Ids out of range give nothing.
+  [[nodiscard]] virtual std::vector<int32_t> encode(std::string_view text,
+                                                    EncodeOptions = {}) const = 0;
+  /// The raw bytes a token contributes at position `first ? start of text : later`: may end within
+  /// a UTF-8 sequence. Special tokens give nothing unless `special`. Ids out of range give nothing.
   [[nodiscard]] virtual std::string token_bytes(int32_t id, bool first, bool special) const = 0;
   /// The whole text of `ids`; incomplete or invalid UTF-8 becomes U+FFFD.
-  [[nodiscard]] virtual std::string decode(std::span<const int32_t> ids, bool special = false) const = 0;
+  [[nodiscard]] virtual std::string decode(std::span<const int32_t> ids,
+                                           bool special = false) const = 0;
   /// The token as it is written in the vocabulary ("Ġthe", "▁the", "<0x0A>"), for listings.
   [[nodiscard]] virtual std::string token_text(int32_t id) const = 0;
   [[nodiscard]] virtual std::optional<int32_t> token_id(std::string_view token) const = 0;
@@ -68,13 +70,13 @@ class StreamDecoder {
   bool special_;
 };
 
-/// Finds stop strings in streamed text: text that might begin a stop string is held back until it is
-/// decided.
+/// Finds stop strings in streamed text: text that might begin a stop string is held back until it
+/// is decided.
 class StopMatcher {
  public:
   explicit StopMatcher(std::vector<std::string> stops);
-  /// Returns the text that may be shown. After stopped() turned true nothing more comes, and the stop
-  /// string itself is not shown.
+  /// Returns the text that may be shown. After stopped() turned true nothing more comes, and the
+  /// stop string itself is not shown.
   [[nodiscard]] std::string push(std::string_view text);
   [[nodiscard]] std::string finish();
   [[nodiscard]] bool stopped() const noexcept { return stopped_; }

@@ -1,5 +1,5 @@
-// Stands in for libFuzzer where the compiler has none: runs the target once on every file of the corpus
-// folders named on the command line.
+// Stands in for libFuzzer where the compiler has none: runs the target once on every file of the
+// corpus folders named on the command line.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

@@ -1,14 +1,14 @@
 #include "support/test_support.h"
 
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
-
-#include <fcntl.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 namespace krait::test {
 
@@ -108,8 +108,10 @@ Comparison compare(std::span<const float> got, std::span<const float> want) {
   c.want_std = std::sqrt(std::max(0.0, sum2 / n - (sum / n) * (sum / n)));
   c.nmse = err2 / sum2;
   const auto w = static_cast<size_t>(std::max<int64_t>(c.worst, 0));
-  c.text = fmt::format("largest error {:.3g} ({:.3g} of the standard deviation {:.3g}) at {}: got {}, want {}; nmse {:.3g}",
-                       c.max_abs, c.max_abs / c.want_std, c.want_std, w, got[w], want[w], c.nmse);
+  c.text = fmt::format(
+      "largest error {:.3g} ({:.3g} of the standard deviation {:.3g}) at {}: got {}, want {}; nmse "
+      "{:.3g}",
+      c.max_abs, c.max_abs / c.want_std, c.want_std, w, got[w], want[w], c.nmse);
   return c;
 }
 
@@ -117,7 +119,8 @@ Comparison compare(std::span<const float> got, std::span<const float> want) {
                                     double limit) {
   const Comparison c = compare(got, want);
   if (c.max_abs <= limit * c.want_std) return ::testing::AssertionSuccess() << c.text;
-  return ::testing::AssertionFailure() << c.text << "; limit " << limit << " of the standard deviation";
+  return ::testing::AssertionFailure()
+         << c.text << "; limit " << limit << " of the standard deviation";
 }
 
 }  // namespace krait::test

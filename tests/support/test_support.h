@@ -1,6 +1,8 @@
-// Helpers shared by the tests: paths of test data, a scratch folder, running the built program, and the
-// comparer of tensors.
+// Helpers shared by the tests: paths of test data, a scratch folder, running the built program, and
+// the comparer of tensors.
 #pragma once
+
+#include <gtest/gtest.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -8,8 +10,6 @@
 #include <span>
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/error.h"
 
@@ -40,22 +40,24 @@ struct RunResult {
   std::string err;
 };
 /// Runs the built `krait` with `args`, `input` on stdin and `env` added to the environment.
-[[nodiscard]] RunResult run_krait(const std::vector<std::string>& args, const std::string& input = {},
+[[nodiscard]] RunResult run_krait(const std::vector<std::string>& args,
+                                  const std::string& input = {},
                                   const std::map<std::string, std::string>& env = {});
 
 /// How far `got` is from `want`. The pass condition is written so that NaN fails.
 struct Comparison {
-  double max_abs = 0;       ///< largest |got - want|; NaN if any element is
-  double want_std = 0;      ///< standard deviation of `want`
-  double nmse = 0;          ///< sum (got - want)^2 / sum want^2
-  int64_t worst = -1;       ///< index of the largest error
-  std::string text;         ///< for messages
+  double max_abs = 0;   ///< largest |got - want|; NaN if any element is
+  double want_std = 0;  ///< standard deviation of `want`
+  double nmse = 0;      ///< sum (got - want)^2 / sum want^2
+  int64_t worst = -1;   ///< index of the largest error
+  std::string text;     ///< for messages
 };
 [[nodiscard]] Comparison compare(std::span<const float> got, std::span<const float> want);
 
-/// Passes if every |got - want| <= limit * std(want) (limit relative to the spread of the reference).
-[[nodiscard]] ::testing::AssertionResult near_std(std::span<const float> got, std::span<const float> want,
-                                                  double limit);
+/// Passes if every |got - want| <= limit * std(want) (limit relative to the spread of the
+/// reference).
+[[nodiscard]] ::testing::AssertionResult near_std(std::span<const float> got,
+                                                  std::span<const float> want, double limit);
 
 /// Passes if `f` throws krait::Error of this kind whose message contains `part`.
 template <typename F>
