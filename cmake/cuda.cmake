@@ -1,15 +1,22 @@
 # Finds the CUDA toolkit, decides KRAIT_HAVE_CUDA, and defines the library of kernels.
 set(KRAIT_HAVE_CUDA OFF)
 if(KRAIT_CUDA)
-  if(NOT CMAKE_CUDA_COMPILER AND EXISTS ${CMAKE_SOURCE_DIR}/build/cuda-toolkit/bin/nvcc)
-    # Put there by tools/setup.sh --cuda on machines without a toolkit.
-    set(CMAKE_CUDA_COMPILER ${CMAKE_SOURCE_DIR}/build/cuda-toolkit/bin/nvcc)
-    set(CUDAToolkit_ROOT ${CMAKE_SOURCE_DIR}/build/cuda-toolkit)
+  # Looked for in this order; tools/find_cuda.sh does the same. build/cuda-toolkit is where
+  # tools/setup.sh --cuda puts one on machines without a toolkit.
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    find_program(KRAIT_NVCC nvcc NO_DEFAULT_PATH PATHS ${CMAKE_SOURCE_DIR}/build/cuda-toolkit/bin)
+    find_program(KRAIT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+    if(KRAIT_NVCC)
+      set(CMAKE_CUDA_COMPILER ${KRAIT_NVCC})
+      get_filename_component(CUDAToolkit_ROOT ${KRAIT_NVCC} REALPATH)
+      cmake_path(GET CUDAToolkit_ROOT PARENT_PATH CUDAToolkit_ROOT)
+      cmake_path(GET CUDAToolkit_ROOT PARENT_PATH CUDAToolkit_ROOT)
+    endif()
+  endif()
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES OFF)  # each target says its own
   endif()
   include(CheckLanguage)
-  if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES OFF)
-  endif()
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
