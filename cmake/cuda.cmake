@@ -20,6 +20,10 @@ if(KRAIT_CUDA)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
+    if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know nvcc's flag
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
     find_package(CUDAToolkit QUIET)
   endif()
   if(CMAKE_CUDA_COMPILER AND CUDAToolkit_FOUND AND CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
@@ -55,8 +59,7 @@ endif()
 function(krait_cuda_library)
   file(GLOB sources CONFIGURE_DEPENDS kernels/cuda/*.cu kernels/cuda/*.cpp)
   add_library(krait_cuda STATIC ${sources})
-  set_target_properties(krait_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 20
-    CUDA_SEPARABLE_COMPILATION OFF)
+  set_target_properties(krait_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}")
   target_compile_options(krait_cuda PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;-Xcudafe=--diag_suppress=177>"
     "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${KRAIT_WERROR}>>:-Werror=all-warnings>")

@@ -126,7 +126,8 @@ class Ops {
   /// d_model] The caller has checked the ids.
   virtual void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) = 0;
 
-  /// out[i] = src[index[i]].  out [n, width], src of the same type, index i32 [n]
+  /// out[i] = src[index[i]]; index -1 gives zeros.  out [n, width], src of the same type (2 or 4
+  /// bytes an element), index i32 [n]
   virtual void gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) = 0;
 
   /// out = x * rsqrt(mean(x^2) + eps) * weight, per row.  out T or f32 [n, d], x f32 [n, d], weight

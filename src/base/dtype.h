@@ -100,6 +100,9 @@ struct f16_t {
   }
 };
 
+/// Error unsupported: "`what`: expected f32, f16 or bf16, found ...".
+[[noreturn]] void throw_not_float(DType found, std::string_view what);
+
 /// Calls f(T{}) with T = float, f16_t or bf16_t: the one place where a run-time dtype becomes a
 /// type.
 template <typename F>
@@ -114,8 +117,7 @@ decltype(auto) visit_dtype(DType t, std::string_view what, F&& f) {
     default:
       break;
   }
-  throw Error(ErrorKind::unsupported,
-              fmt::format("{}: expected f32, f16 or bf16, found {}", what, dtype_name(t)));
+  throw_not_float(t, what);
 }
 
 }  // namespace krait

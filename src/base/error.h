@@ -4,7 +4,10 @@
 // the user can do about it.
 #pragma once
 
+#ifndef __CUDACC__  // nvcc can't parse fmt; device code leaves its messages to functions in .cpp
+                    // files
 #include <fmt/format.h>
+#endif
 
 #include <exception>
 #include <string>

@@ -48,11 +48,7 @@ class Shape {
     return true;
   }
   /// "[10240, 2560]"
-  [[nodiscard]] std::string str() const {
-    std::string s = "[";
-    for (int i = 0; i < rank_; ++i) s += fmt::format("{}{}", i > 0 ? ", " : "", (*this)[i]);
-    return s + "]";
-  }
+  [[nodiscard]] std::string str() const;
 
  private:
   std::array<int64_t, kMaxRank> dims_{};

@@ -1,0 +1,13 @@
+// Checked calls of the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace krait::cuda {
+
+/// Throws an Error of kind device that names the call, the reason and the place; clears the last
+/// error.
+void check(cudaError_t status, const char* call, const char* file, int line);
+#define KRAIT_CUDA(call) ::krait::cuda::check((call), #call, __FILE__, __LINE__)
+
+}  // namespace krait::cuda

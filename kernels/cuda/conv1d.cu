@@ -1,0 +1,121 @@
+// conv1d.cu - causal depthwise convolution over time, then SiLU, from a given state to a given
+// state.
+//
+//   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (K-1) + j, e])          K = d_conv
+//
+// Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
+// Launch   grid (channels / 128, tiles of kTile tokens of the longest sequence, n_seq); one thread
+// walks
+//          one channel through a tile with the last K inputs in registers
+// Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
+// Same as  kernels/cpu; tests/ops
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/verbs.h"
+
+namespace krait::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <typename T, int K, int kTile>
+__global__ void __launch_bounds__(kThreads)
+    conv1d_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
+                  const int32_t* seq_start, const int32_t* slots, int64_t d_inner,
+                  int64_t out_stride, int64_t u_stride) {
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t seq = blockIdx.z;
+  const int32_t slot = slots[seq];
+  const int64_t begin = seq_start[seq];
+  const int64_t len = seq_start[seq + 1] - begin;
+  const int64_t t0 = static_cast<int64_t>(blockIdx.y) * kTile;
+  if (e >= d_inner || slot < 0 || t0 >= len) return;
+
+  const T* x = u + begin * u_stride + e;
+  T* state = conv_state + slot * (K - 1) * d_inner + e;
+  // The input at time t of this sequence; before time 0 it is in the state, oldest first.
+  const auto input = [&](int64_t t) {
+    return t >= 0 ? x[t * u_stride] : state[(K - 1 + t) * d_inner];
+  };
+
+  float w[K];
+#pragma unroll
+  for (int j = 0; j < K; ++j) w[j] = weight[e * K + j];
+  const float b = bias != nullptr ? bias[e] : 0.0F;
+
+  float window[K];  // window[j] = u[t - (K-1) + j]
+#pragma unroll
+  for (int j = 0; j < K - 1; ++j) window[j + 1] = to_float(input(t0 - (K - 1) + j));
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t t = t0 + i;
+    if (t >= len) break;
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) window[j] = window[j + 1];
+    window[K - 1] = to_float(x[t * u_stride]);
+    float c = b;
+#pragma unroll
+    for (int j = 0; j < K; ++j) c = fmaf(w[j], window[j], c);
+    out[(begin + t) * out_stride + e] = from_float<T>(silu(c));
+  }
+
+  // The first tile alone touches the state: it has read what it needs of the old one, so nobody
+  // races.
+  if (t0 == 0) {
+    T last[K - 1];
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) state[j * d_inner] = last[j];
+  }
+}
+
+}  // namespace
+
+void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
+                 const Tensor& conv_state, const Batch& batch, cudaStream_t stream) {
+  visit_type(u.dtype, "conv1d_silu input", [&](auto t) {
+    using T = decltype(t);
+    const auto run = [&](auto k) {
+      constexpr int K = decltype(k)::value;
+      const int64_t d_inner = u.dim(1);
+      const auto go = [&](auto tile, auto* kernel) {
+        const dim3 grid(static_cast<unsigned>(ceil_div(d_inner, kThreads)),
+                        static_cast<unsigned>(ceil_div(batch.max_len, decltype(tile)::value)),
+                        static_cast<unsigned>(batch.n_seq));
+        launch("conv1d_silu", kernel, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
+               weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
+               batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
+               u.row_stride);
+      };
+      if (batch.max_len == 1) {
+        go(std::integral_constant<int, 1>{}, &conv1d_kernel<T, K, 1>);
+      } else {
+        go(std::integral_constant<int, 16>{}, &conv1d_kernel<T, K, 16>);
+      }
+    };
+    switch (weight.dim(1)) {
+      case 2:
+        return run(std::integral_constant<int, 2>{});
+      case 3:
+        return run(std::integral_constant<int, 3>{});
+      case 4:
+        return run(std::integral_constant<int, 4>{});
+      case 5:
+        return run(std::integral_constant<int, 5>{});
+      case 6:
+        return run(std::integral_constant<int, 6>{});
+      case 7:
+        return run(std::integral_constant<int, 7>{});
+      case 8:
+        return run(std::integral_constant<int, 8>{});
+      default:
+        break;
+    }
+    throw Error(
+        ErrorKind::unsupported,
+        "the CUDA convolution is built for d_conv 2 to 8, found " + std::to_string(weight.dim(1)),
+        "run this model with --device cpu");
+  });
+}
+
+}  // namespace krait::cuda

@@ -1,0 +1,288 @@
+// The CUDA backend: memory, one compute stream, the mailbox of sampled tokens, and captured steps.
+// The verbs themselves are the kernels beside this file and cuBLASLt.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/verbs.h"
+#include "kernels/cuda/weight_stream.h"
+
+namespace krait::cuda {
+
+void check(cudaError_t status, const char* call, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw Error(ErrorKind::device,
+              fmt::format("CUDA: {} failed with {} ({}) at {}:{}", call, cudaGetErrorName(status),
+                          cudaGetErrorString(status), file, line),
+              status == cudaErrorNoKernelImageForDevice
+                  ? "this krait was not built for this GPU: see KRAIT_CUDA_ARCHITECTURES"
+                  : "");
+}
+
+namespace {
+
+/// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.
+constexpr int64_t kGemvRows = 4;
+
+void free_device(void* data, size_t) noexcept { cudaFree(data); }
+void free_pinned(void* data, size_t) noexcept { cudaFreeHost(data); }
+
+class CudaOps final : public Ops {
+ public:
+  explicit CudaOps(int index) : index_(index) {
+    KRAIT_CUDA(cudaSetDevice(index_));
+    KRAIT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    constexpr size_t kWorkspace = size_t{32} << 20;  // what cuBLAS documents for Hopper
+    gemm_ = std::make_unique<Gemm>(allocate(kWorkspace, "cuBLASLt workspace"));
+    make_mailbox();
+  }
+
+  ~CudaOps() override {
+    cudaStreamSynchronize(stream_);
+    for (auto& [key, step] : steps_) {
+      if (step.graph != nullptr) cudaGraphExecDestroy(step.graph);
+    }
+    cudaStreamDestroy(stream_);
+  }
+
+  std::string_view backend() const override { return "cuda"; }
+
+  DeviceInfo info() const override {
+    cudaDeviceProp prop{};
+    KRAIT_CUDA(cudaGetDeviceProperties(&prop, index_));
+    DeviceInfo info;
+    info.name = prop.name;
+    KRAIT_CUDA(cudaMemGetInfo(&info.memory_free, &info.memory_total));
+    return info;
+  }
+
+  DType activation_dtype(DType weights) const override { return weights; }
+
+  // ---- memory
+  // --------------------------------------------------------------------------------------
+
+  Buffer allocate(size_t bytes, std::string_view what) override {
+    void* p = nullptr;
+    const cudaError_t status = cudaMalloc(&p, std::max<size_t>(bytes, 1));
+    if (status == cudaErrorMemoryAllocation) {
+      (void)cudaGetLastError();
+      size_t free = 0;
+      size_t total = 0;
+      KRAIT_CUDA(cudaMemGetInfo(&free, &total));
+      throw Error(ErrorKind::device,
+                  fmt::format("out of GPU memory: {} needs {:.2f} GB, {:.2f} of {:.2f} GB are free",
+                              what, static_cast<double>(bytes) / 1e9,
+                              static_cast<double>(free) / 1e9, static_cast<double>(total) / 1e9),
+                  "use a smaller --prefill-chunk, fewer sequences, --dtype bf16, or --device cpu");
+    }
+    KRAIT_CUDA(status);
+    return {p, bytes, free_device};
+  }
+
+  void upload(void* dst, const void* src, size_t bytes) override {
+    // From pageable memory this returns when `src` has been read.
+    KRAIT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream_));
+  }
+  void download(void* dst, const void* src, size_t bytes) override {
+    KRAIT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, stream_));
+    synchronize();
+  }
+  void copy(void* dst, const void* src, size_t bytes) override {
+    KRAIT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream_));
+  }
+  void zero(void* dst, size_t bytes) override {
+    KRAIT_CUDA(cudaMemsetAsync(dst, 0, bytes, stream_));
+  }
+  void synchronize() override { KRAIT_CUDA(cudaStreamSynchronize(stream_)); }
+
+  Tensor import_weight(const Tensor& host, DType dtype) override {
+    const size_t bytes = static_cast<size_t>(host.numel()) * itemsize(dtype);
+    Tensor t(place(bytes), dtype, host.shape);
+    weights_.copy(t.data, dtype, host);
+    return t;
+  }
+  void weights_ready() override { weights_.finish(); }
+
+  // ---- verbs
+  // ---------------------------------------------------------------------------------------
+
+  void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) override {
+    cuda::embed(residual, ids, table, stream_);
+  }
+  void gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) override {
+    cuda::gather_rows(out, src, index, stream_);
+  }
+  void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) override {
+    cuda::rms_norm(out, x, weight, eps, stream_);
+  }
+  void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override {
+    product(out, in, W, bias, false);
+  }
+  void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
+                  const Tensor& bias) override {
+    product(acc, in, W, bias, true);
+  }
+  void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
+                   const Tensor& conv_state, const Batch& batch) override {
+    cuda::conv1d_silu(out, u, weight, bias, conv_state, batch, stream_);
+  }
+  void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
+                      const Batch& batch) override {
+    if (batch.max_len == 1) {
+      cuda::selective_state_update(y, in, ssm_state, batch, stream_);
+    } else {
+      cuda::selective_scan(y, in, ssm_state, batch, stream_);
+    }
+  }
+  void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
+              int64_t n_seq) override {
+    cuda::sample(logits, vocab, state, slot, n_seq, mailbox_, stream_);
+  }
+
+  void receive(std::span<int32_t> tokens) override {
+    const unsigned long long wanted = received_ + 1;
+    const volatile unsigned long long* posted = mailbox_.posted;
+    for (int spin = 0; *posted < wanted; ++spin) {
+      if (spin % 4096 != 4095) continue;
+      // A kernel that failed never posts: ask now and then, and give the core away while waiting.
+      const cudaError_t status = cudaStreamQuery(stream_);
+      if (status == cudaSuccess && *posted < wanted) {
+        throw Error(ErrorKind::runtime, "receive() without a sample() to wait for");
+      }
+      if (status != cudaErrorNotReady) KRAIT_CUDA(status);
+      std::this_thread::yield();
+    }
+    std::atomic_thread_fence(std::memory_order_acquire);
+    const int32_t* row = mailbox_.ring + (received_ % Mailbox::kPosts) * Mailbox::kMaxRows;
+    std::copy_n(row, tokens.size(), tokens.begin());
+    received_ = wanted;
+  }
+
+  // ---- whole steps
+  // ---------------------------------------------------------------------------------
+
+  /// The first time a step runs as it is (libraries set themselves up), the second time it is
+  /// captured.
+  void replay(uint64_t key, const std::function<void()>& step) override {
+    Step& s = steps_[key];
+    if (s.runs++ == 0) return step();
+    if (s.graph == nullptr) {
+      cudaGraph_t graph = nullptr;
+      KRAIT_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+      try {
+        step();
+      } catch (...) {
+        cudaStreamEndCapture(stream_, &graph);
+        if (graph != nullptr) cudaGraphDestroy(graph);
+        (void)cudaGetLastError();
+        throw;
+      }
+      KRAIT_CUDA(cudaStreamEndCapture(stream_, &graph));
+      const cudaError_t status = cudaGraphInstantiate(&s.graph, graph, 0);
+      cudaGraphDestroy(graph);
+      KRAIT_CUDA(status);
+    }
+    KRAIT_CUDA(cudaGraphLaunch(s.graph, stream_));
+  }
+
+ private:
+  struct Step {
+    cudaGraphExec_t graph = nullptr;
+    uint64_t runs = 0;
+  };
+
+  void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
+               bool accumulate) {
+    if (in.dim(0) > kGemvRows && gemm_->run(out, in, W, accumulate, stream_)) {
+      if (bias) add_bias(out, bias, stream_);
+      return;
+    }
+    gemv(out, in, W, bias, accumulate, stream_);
+  }
+
+  /// Room for one weight: small ones share slabs, since each cudaMalloc takes 2 MB at least.
+  void* place(size_t bytes) {
+    constexpr size_t kSlab = size_t{64} << 20;
+    constexpr size_t kAlign = 256;
+    if (bytes > kSlab / 4) {
+      slabs_.push_back(allocate(bytes, "weights"));
+      return slabs_.back().data();
+    }
+    if (slab_left_ < bytes) {
+      slabs_.push_back(allocate(kSlab, "weights"));
+      slab_next_ = static_cast<std::byte*>(slabs_.back().data());
+      slab_left_ = kSlab;
+    }
+    void* p = slab_next_;
+    const size_t used = std::min(slab_left_, (bytes + kAlign - 1) / kAlign * kAlign);
+    slab_next_ += used;
+    slab_left_ -= used;
+    return p;
+  }
+
+  void make_mailbox() {
+    constexpr size_t kRing = sizeof(int32_t) * Mailbox::kPosts * Mailbox::kMaxRows;
+    void* host = nullptr;
+    KRAIT_CUDA(cudaMallocHost(&host, kRing + sizeof(unsigned long long)));
+    mailbox_host_ = Buffer(host, kRing + sizeof(unsigned long long), free_pinned);
+    std::memset(host, 0, mailbox_host_.bytes());
+    mailbox_counters_ = allocate(2 * sizeof(unsigned long long), "mailbox");
+    zero(mailbox_counters_.data(), mailbox_counters_.bytes());
+    mailbox_.ring = static_cast<int32_t*>(host);
+    mailbox_.posted = reinterpret_cast<unsigned long long*>(static_cast<std::byte*>(host) + kRing);
+    mailbox_.counters = static_cast<unsigned long long*>(mailbox_counters_.data());
+  }
+
+  int index_;
+  cudaStream_t stream_ = nullptr;
+  std::vector<Buffer> slabs_;
+  std::byte* slab_next_ = nullptr;
+  size_t slab_left_ = 0;
+  WeightStream weights_;
+  std::unique_ptr<Gemm> gemm_;
+  Buffer mailbox_host_;
+  Buffer mailbox_counters_;
+  Mailbox mailbox_;
+  unsigned long long received_ = 0;
+  std::unordered_map<uint64_t, Step> steps_;
+};
+
+}  // namespace
+}  // namespace krait::cuda
+
+namespace krait {
+
+std::unique_ptr<Ops> make_cuda_ops(int index) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess || count == 0) {
+    (void)cudaGetLastError();
+    throw Error(ErrorKind::device,
+                fmt::format("no CUDA device was found ({})",
+                            status == cudaSuccess ? "none is visible" : cudaGetErrorString(status)),
+                "check the NVIDIA driver with nvidia-smi, or use --device cpu");
+  }
+  if (index < 0 || index >= count) {
+    throw Error(ErrorKind::device, fmt::format("CUDA device {} was asked for, but there {} {}",
+                                               index, count == 1 ? "is only" : "are", count));
+  }
+  return std::make_unique<cuda::CudaOps>(index);
+}
+
+int cuda_device_count() noexcept {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+}  // namespace krait

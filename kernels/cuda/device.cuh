@@ -1,0 +1,109 @@
+// What every kernel file shares: checked calls, the one way to launch, conversions, and reductions
+// by scope.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "base/dtype.h"
+#include "base/tensor.h"
+#include "kernels/cuda/check.h"
+
+namespace krait::cuda {
+
+/// Throws an Error of kind device that names the call, the reason and the place; clears the last
+/// error.
+void check(cudaError_t status, const char* call, const char* file, int line);
+#define KRAIT_CUDA(call) ::krait::cuda::check((call), #call, __FILE__, __LINE__)
+
+/// The one way to launch: a failed launch is an Error that names the kernel. Launching nothing is
+/// fine.
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name, __FILE__,
+        __LINE__);
+}
+
+/// Calls f(T{}) with T = float, __half or __nv_bfloat16.
+template <typename F>
+decltype(auto) visit_type(DType t, const char* what, F&& f) {
+  switch (t) {
+    case DType::f32:
+      return f(float{});
+    case DType::f16:
+      return f(__half{});
+    case DType::bf16:
+      return f(__nv_bfloat16{});
+    default:
+      break;
+  }
+  throw_not_float(t, what);
+}
+
+[[nodiscard]] constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+[[nodiscard]] inline bool aligned16(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
+         (t.shape.rank() < 2 || t.dim(0) == 1 ||
+          t.row_stride * static_cast<int64_t>(itemsize(t.dtype)) % 16 == 0);
+}
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else {
+    return __float2bfloat16_rn(v);
+  }
+}
+
+/// 16 bytes of T, loaded or stored by one instruction.
+template <typename T>
+struct alignas(16) Vec16 {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+/// Weights are read once per step: keep them out of L1, so that the activations stay there.
+template <typename T>
+__device__ __forceinline__ Vec16<T> load_streaming(const T* p) {
+  union {
+    uint4 raw;
+    Vec16<T> vec;
+  } u;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(u.raw.x), "=r"(u.raw.y), "=r"(u.raw.z), "=r"(u.raw.w)
+      : "l"(p));
+  return u.vec;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffU, v, d);
+  return v;
+}
+
+__device__ __forceinline__ float silu(float v) { return v / (1.0F + __expf(-v)); }
+
+/// log(1 + exp(v)); v itself above 20, where the difference is below f32 rounding.
+__device__ __forceinline__ float softplus(float v) { return v > 20.0F ? v : log1pf(__expf(v)); }
+
+}  // namespace krait::cuda

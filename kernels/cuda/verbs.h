@@ -1,0 +1,48 @@
+// The host launchers of the kernels, one file each. Shapes and equations: kernels/ops.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/ops.h"
+
+namespace krait::cuda {
+
+void embed(const Tensor& residual, const Tensor& ids, const Tensor& table, cudaStream_t stream);
+void gather_rows(const Tensor& out, const Tensor& src, const Tensor& index, cudaStream_t stream);
+/// dst = src with another element type; both dense, n elements. f64 is read, not written.
+void convert(void* dst, DType dst_type, const void* src, DType src_type, int64_t n,
+             cudaStream_t stream);
+void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps,
+              cudaStream_t stream);
+
+/// out (+)= in * W^T + bias for any number of rows, the weights streamed once for each 4 rows.
+void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias, bool accumulate,
+          cudaStream_t stream);
+/// out += bias, row by row.
+void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream);
+
+void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
+                 const Tensor& conv_state, const Batch& batch, cudaStream_t stream);
+/// Any lengths: parallel over channels and, inside a tile, over time.
+void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
+                    const Batch& batch, cudaStream_t stream);
+/// One token per sequence: the recurrent step.
+void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
+                            const Batch& batch, cudaStream_t stream);
+
+/// Tokens on their way to the host. `ring` is pinned host memory that the device writes:
+/// kPosts x kMaxRows tokens; `posted` counts posts and is written last. `counters` (device): posts
+/// so far, and blocks of the running sample call that are done.
+struct Mailbox {
+  static constexpr int kPosts = 8;
+  static constexpr int kMaxRows = 8192;
+  int32_t* ring = nullptr;
+  unsigned long long* posted = nullptr;
+  unsigned long long* counters = nullptr;
+};
+void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
+            int64_t n_seq, const Mailbox& mailbox, cudaStream_t stream);
+
+}  // namespace krait::cuda

@@ -1,0 +1,42 @@
+// Streams weights from mapped files to the device: a ring of pinned buffers that the host fills
+// (the page faults read the disk) while the copy engine empties the ones before, and conversion on
+// the device where the file's type is not the wanted one.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstddef>
+
+#include "base/tensor.h"
+
+namespace krait::cuda {
+
+class WeightStream {
+ public:
+  WeightStream() = default;
+  ~WeightStream();
+  WeightStream(const WeightStream&) = delete;
+  WeightStream& operator=(const WeightStream&) = delete;
+
+  /// Enqueues dst[0 .. src.numel()) = src as `dtype`. src may be unaligned; it is read before the
+  /// return.
+  void copy(void* dst, DType dtype, const Tensor& src);
+  /// Waits for all copies and gives the buffers back.
+  void finish();
+
+ private:
+  static constexpr size_t kChunkBytes = size_t{16} << 20;
+  struct Stage {
+    void* pinned = nullptr;
+    void* device = nullptr;  // where a chunk waits for its conversion
+    cudaEvent_t done = nullptr;
+  };
+  void start();
+
+  std::array<Stage, 4> stages_;
+  size_t next_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace krait::cuda
