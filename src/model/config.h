@@ -27,11 +27,18 @@ struct ModelConfig {
   bool tie_embeddings = true;  ///< as the config says; a head in the file that differs wins
   std::vector<int32_t> eos_ids;
   std::optional<int32_t> bos_id;
+  /// Early conversions carry keys of both worlds, which may disagree ("num_hidden_layers": 32 beside
+  /// "n_layer": 48): the values that lost, for resolve_config() to try against the tensors.
+  std::vector<int64_t> other_n_layer;
+  std::vector<int64_t> other_d_inner;
 };
 
 /// Translates a parsed config.json. `where` names the file in messages. Errors: format (a missing
 /// or impossible value), unsupported (a family krait does not build, by its name).
 [[nodiscard]] ModelConfig parse_config(const nlohmann::json& json, const std::string& where);
+
+/// The same from the text of a config.json, which may use Python's Infinity and NaN.
+[[nodiscard]] ModelConfig parse_config_text(std::string text, const std::string& where);
 
 /// Reads and parses `file`.
 [[nodiscard]] ModelConfig read_config(const std::filesystem::path& file);

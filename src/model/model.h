@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,9 +29,13 @@ using LayerState = std::vector<Tensor>;
 /// A step's scratch, in the order of Model::activations(): [n_tok, ...] each.
 using Activations = std::vector<Tensor>;
 
+class WeightLoader;
+
 class Model {
  public:
   virtual ~Model() = default;
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
 
   [[nodiscard]] const ModelConfig& config() const noexcept { return config_; }
   [[nodiscard]] DType weight_dtype() const noexcept { return weight_dtype_; }
@@ -52,6 +58,11 @@ class Model {
   void head(Ops& op, const Tensor& logits, const Tensor& normed, const Tensor& residual) const;
 
  protected:
+  /// Loads what all families share: embedding, final norm, head.
+  Model(const ModelConfig& config, WeightLoader& in);
+  /// Ends a family's constructor: waits for the weights, counts them, warns of unused tensors.
+  void finish(WeightLoader& in);
+
   ModelConfig config_;
   DType weight_dtype_ = DType::f32;
   int64_t parameter_count_ = 0;
@@ -59,7 +70,19 @@ class Model {
   Tensor embedding_;  ///< W [vocab_rows, d_model]
   Tensor norm_f_;     ///< f32 [d_model]
   Tensor lm_head_;    ///< W [vocab_rows, d_model]; the embedding when tied
+
+ private:
+  std::vector<std::vector<float>> host_copies_;  ///< computed weights that a CPU tensor views
 };
+
+/// The config as the tensors confirm it: fills in vocab_rows, and where an early conversion gives two
+/// values for the layer count or d_inner, takes the one that fits. Errors: format (neither fits),
+/// unsupported (the tensors are of another family).
+[[nodiscard]] ModelConfig resolve_config(const ModelConfig& config, const Checkpoint& checkpoint);
+
+/// Bytes of state, over all layers, that one sequence of the model takes.
+[[nodiscard]] size_t state_bytes_per_sequence(const ModelConfig& config, DType activation,
+                                              DType ssm);
 
 /// Loads the weights of `config` from `checkpoint` to the device of `op`, as `dtype` (the type of
 /// the file's matrices when empty). The checkpoint must live as long as `op`. `progress`, if set,

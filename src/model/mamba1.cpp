@@ -1,0 +1,87 @@
+// Mamba-1: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+// figure 3 and algorithm 2. Rows are the n_tok tokens of a step, its sequences packed.
+#include "model/family.h"
+#include "model/weights.h"
+
+namespace krait {
+
+namespace {
+
+// In the order of mamba1_layer_state() and mamba1_activations().
+enum StateTensor : size_t { kConvState, kSsmState };
+enum ActivationTensor : size_t { kU, kXz, kX, kDbc, kDt };
+
+class Mamba1 final : public Model {
+ public:
+  Mamba1(const ModelConfig& config, WeightLoader& in)
+      : Model(config, in), layers_(load_mamba1_layers(in, config)) {
+    finish(in);
+  }
+
+  [[nodiscard]] std::vector<TensorSpec> layer_state(DType activation, DType ssm) const override {
+    return mamba1_layer_state(config_, activation, ssm);
+  }
+  [[nodiscard]] std::vector<TensorSpec> activations(DType activation) const override {
+    return mamba1_activations(config_, activation);
+  }
+
+  void forward(Ops& op, const Tensor& residual, const Tensor& ids, const Batch& batch,
+               const Activations& act, const std::vector<LayerState>& state) const override {
+    op.embed(residual, ids, embedding_);  // residual [n_tok, d_model]
+    for (size_t i = 0; i < layers_.size(); ++i) layer(op, layers_[i], residual, act, batch, state[i]);
+  }
+
+ private:
+  /// residual += out_proj(mixer(norm(residual)))
+  void layer(Ops& op, const Mamba1Layer& w, const Tensor& residual, const Activations& act,
+             const Batch& b, const LayerState& s) const {
+    const int64_t E = config_.d_inner;
+    const int64_t N = config_.d_state;
+    const int64_t R = config_.dt_rank;
+    const Tensor& u = act[kU];
+    const Tensor& xz = act[kXz];
+    const Tensor& x = act[kX];
+    const Tensor& dbc = act[kDbc];
+    const Tensor& dt = act[kDt];
+    const Tensor& y = x;  // the scan writes over its input
+    const Tensor z = xz.columns(E, E);
+    const Tensor B = dbc.columns(R, N);
+    const Tensor C = dbc.columns(R + N, N);
+
+    op.rms_norm(u, residual, w.norm, config_.norm_eps);  // u         [n_tok, d_model]
+    op.linear(xz, u, w.in_proj, w.in_proj_bias);         // x, z      [n_tok, 2*d_inner]
+    op.conv1d_silu(x, xz.columns(0, E), w.conv1d, w.conv1d_bias, s[kConvState],
+                   b);                                       // x     [n_tok, d_inner]
+    op.linear(dbc, x, w.x_proj, Tensor());                   // dt, B, C  [n_tok, dt_rank+2*d_state]
+    op.linear(dt, dbc.columns(0, R), w.dt_proj, Tensor());   // dt    [n_tok, d_inner]; bias: scan
+    op.selective_scan(y, {x, dt, w.A, B, C, w.D, z, w.dt_bias}, s[kSsmState], b);  // [n_tok, d_inner]
+    op.linear_add(residual, y, w.out_proj, w.out_proj_bias);  // residual  [n_tok, d_model]
+  }
+
+  std::vector<Mamba1Layer> layers_;
+};
+
+}  // namespace
+
+std::vector<TensorSpec> mamba1_layer_state(const ModelConfig& c, DType activation, DType ssm) {
+  return {
+      {"conv_state", {c.d_conv - 1, c.d_inner}, activation},  // inputs before the convolution
+      {"ssm_state", {c.d_inner, c.d_state}, ssm},             // h
+  };
+}
+
+std::vector<TensorSpec> mamba1_activations(const ModelConfig& c, DType activation) {
+  return {
+      {"u", {c.d_model}, activation},
+      {"xz", {2 * c.d_inner}, activation},
+      {"x", {c.d_inner}, activation},
+      {"dbc", {c.dt_rank + 2 * c.d_state}, activation},
+      {"dt", {c.d_inner}, activation},
+  };
+}
+
+std::unique_ptr<Model> load_mamba1(const ModelConfig& config, WeightLoader& in) {
+  return std::make_unique<Mamba1>(config, in);
+}
+
+}  // namespace krait

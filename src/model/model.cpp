@@ -1,0 +1,38 @@
+#include "model/model.h"
+
+#include "model/family.h"
+#include "model/weights.h"
+
+namespace krait {
+
+Model::Model(const ModelConfig& config, WeightLoader& in)
+    : config_(config), weight_dtype_(in.dtype()) {
+  const Shape table{config.vocab_rows, config.d_model};
+  embedding_ = in.matrix("backbone.embedding.weight", table);
+  norm_f_ = in.vector("backbone.norm_f.weight", {config.d_model});
+  lm_head_ = in.head(embedding_, table);
+}
+
+void Model::finish(WeightLoader& in) {
+  in.finish();
+  parameter_count_ = in.parameter_count();
+  weight_bytes_ = in.weight_bytes();
+  host_copies_ = in.take_host_copies();
+}
+
+void Model::head(Ops& op, const Tensor& logits, const Tensor& normed,
+                 const Tensor& residual) const {
+  op.rms_norm(normed, residual, norm_f_, config_.norm_eps);  // normed [n, d_model]
+  op.linear(logits, normed, lm_head_, Tensor());             // logits [n, vocab_rows]
+}
+
+std::unique_ptr<Model> load_model(const ModelConfig& config, const Checkpoint& checkpoint, Ops& op,
+                                  std::optional<DType> dtype,
+                                  const std::function<void(size_t, size_t)>& progress) {
+  const Family& family = family_named(config.family);
+  const ModelConfig resolved = resolve_config(config, checkpoint);
+  WeightLoader in(resolved, checkpoint, op, dtype, progress);
+  return family.load(resolved, in);
+}
+
+}  // namespace krait

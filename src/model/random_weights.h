@@ -1,0 +1,30 @@
+// Models of random weights in the published shapes, made in memory: speed does not depend on what the
+// weights say, so `bench` and tests need no download.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+#include "checkpoint/checkpoint.h"
+#include "model/config.h"
+
+namespace krait {
+
+/// The shape of state-spaces/mamba-NAME: "130m", "370m", "790m", "1.4b", "2.8b". Error usage: any
+/// other name.
+[[nodiscard]] ModelConfig published_config(std::string_view name);
+
+enum class RandomMemory {
+  distinct,  ///< each tensor has its own memory, as in a file: needed where weights are used in place
+  shared,    ///< layers overlap: a fraction of the memory, enough where the weights are copied
+};
+
+/// A checkpoint of `config`'s tensors in state-spaces names, matrices of type `dtype` and the rest
+/// f32, initialised as the reference does (A = -1 .. -N, softplus(dt bias) from 0.001 to 0.1, D = 1)
+/// so that activations stay finite. The same seed gives the same weights, however the memory lies.
+[[nodiscard]] std::unique_ptr<Checkpoint> make_random_checkpoint(const ModelConfig& config,
+                                                                 DType dtype, uint64_t seed,
+                                                                 RandomMemory memory);
+
+}  // namespace krait
