@@ -1,5 +1,5 @@
-// Translates config.json. Each world's keys stand in one table; what krait does not build (LayerNorm,
-// MLP or attention layers, other activations) is refused by its key.
+// Translates config.json. Each world's keys stand in one table; what krait does not build
+// (LayerNorm, MLP or attention layers, other activations) is refused by its key.
 #include "model/config.h"
 
 #include <algorithm>
@@ -102,9 +102,11 @@ class Reader {
 
   [[noreturn]] void fail(std::string_view key, const std::string& expected) const {
     const Json* v = find(key);
-    std::string found = v == nullptr ? "nothing" : v->dump(-1, ' ', true, Json::error_handler_t::replace);
+    std::string found =
+        v == nullptr ? "nothing" : v->dump(-1, ' ', true, Json::error_handler_t::replace);
     if (found.size() > 60) found = found.substr(0, 57) + "...";
-    throw Error(ErrorKind::format, fmt::format("{}: {}: {}, found {}", where_, key, expected, found));
+    throw Error(ErrorKind::format,
+                fmt::format("{}: {}: {}, found {}", where_, key, expected, found));
   }
 
   [[noreturn]] void unsupported(const std::string& what) const {
@@ -119,9 +121,9 @@ class Reader {
   const std::string& where_;
 };
 
-/// A state-spaces config names its family by ssm_cfg.layer ("Mamba1" when absent); a Hugging Face one
-/// by model_type. Where both are there, ssm_cfg.layer is the more exact: Mistral's files of Mamba-2
-/// say model_type "mamba".
+/// A state-spaces config names its family by ssm_cfg.layer ("Mamba1" when absent); a Hugging Face
+/// one by model_type. Where both are there, ssm_cfg.layer is the more exact: Mistral's files of
+/// Mamba-2 say model_type "mamba".
 const Family& family_of(const Reader& in) {
   const auto model_type = in.text("model_type");
   const auto layer = in.text("ssm_cfg.layer");
@@ -177,8 +179,8 @@ void keep_others(std::vector<int64_t>& others, int64_t taken,
   }
 }
 
-/// Python's json writes Infinity and NaN, which JSON does not know: replaces these words, outside of
-/// strings, by a value of no use of the same length, so that positions in messages stay true.
+/// Python's json writes Infinity and NaN, which JSON does not know: replaces these words, outside
+/// of strings, by a value of no use of the same length, so that positions in messages stay true.
 void replace_python_numbers(std::string& text) {
   bool in_string = false;
   for (size_t i = 0; i < text.size(); ++i) {
@@ -224,11 +226,9 @@ ModelConfig parse_config(const Json& json, const std::string& where) {
   if (c.d_conv < 2) in.unsupported("a convolution of width 1");
 
   // d_inner = expand * d_model; in a Hugging Face config an explicit intermediate_size wins.
-  const double expand =
-      in.number(hf ? "expand" : "ssm_cfg.expand", 0, kMaxExpand).value_or(2);
+  const double expand = in.number(hf ? "expand" : "ssm_cfg.expand", 0, kMaxExpand).value_or(2);
   const auto product = static_cast<int64_t>(expand * static_cast<double>(c.d_model));
-  const auto explicit_inner =
-      hf ? in.integer("intermediate_size", 1, kMaxInner) : std::nullopt;
+  const auto explicit_inner = hf ? in.integer("intermediate_size", 1, kMaxInner) : std::nullopt;
   c.d_inner = explicit_inner.value_or(product);
   if (c.d_inner < 1 || c.d_inner > kMaxInner) {
     in.fail(hf ? "expand" : "ssm_cfg.expand",

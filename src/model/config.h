@@ -27,8 +27,8 @@ struct ModelConfig {
   bool tie_embeddings = true;  ///< as the config says; a head in the file that differs wins
   std::vector<int32_t> eos_ids;
   std::optional<int32_t> bos_id;
-  /// Early conversions carry keys of both worlds, which may disagree ("num_hidden_layers": 32 beside
-  /// "n_layer": 48): the values that lost, for resolve_config() to try against the tensors.
+  /// Early conversions carry keys of both worlds, which may disagree ("num_hidden_layers": 32
+  /// beside "n_layer": 48): the values that lost, for resolve_config() to try against the tensors.
   std::vector<int64_t> other_n_layer;
   std::vector<int64_t> other_d_inner;
 };

@@ -1,5 +1,5 @@
-// The families of models: families.cpp names them, one line each. A family that krait recognises but
-// does not build has no functions, and is refused by its name.
+// The families of models: families.cpp names them, one line each. A family that krait recognises
+// but does not build has no functions, and is refused by its name.
 #pragma once
 
 #include <memory>
@@ -14,8 +14,9 @@ namespace krait {
 struct Family {
   std::string_view name;        ///< krait's name, as in ModelConfig::family
   std::string_view model_type;  ///< of a Hugging Face config.json
-  std::string_view ssm_layer;   ///< ssm_cfg.layer of a state-spaces config.json; "" where none exists
-  std::string_view title;       ///< for messages
+  std::string_view
+      ssm_layer;           ///< ssm_cfg.layer of a state-spaces config.json; "" where none exists
+  std::string_view title;  ///< for messages
 
   std::unique_ptr<Model> (*load)(const ModelConfig&, WeightLoader&) = nullptr;
   std::vector<TensorSpec> (*layer_state)(const ModelConfig&, DType activation, DType ssm) = nullptr;

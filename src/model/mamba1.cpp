@@ -28,7 +28,8 @@ class Mamba1 final : public Model {
   void forward(Ops& op, const Tensor& residual, const Tensor& ids, const Batch& batch,
                const Activations& act, const std::vector<LayerState>& state) const override {
     op.embed(residual, ids, embedding_);  // residual [n_tok, d_model]
-    for (size_t i = 0; i < layers_.size(); ++i) layer(op, layers_[i], residual, act, batch, state[i]);
+    for (size_t i = 0; i < layers_.size(); ++i)
+      layer(op, layers_[i], residual, act, batch, state[i]);
   }
 
  private:
@@ -51,10 +52,11 @@ class Mamba1 final : public Model {
     op.rms_norm(u, residual, w.norm, config_.norm_eps);  // u         [n_tok, d_model]
     op.linear(xz, u, w.in_proj, w.in_proj_bias);         // x, z      [n_tok, 2*d_inner]
     op.conv1d_silu(x, xz.columns(0, E), w.conv1d, w.conv1d_bias, s[kConvState],
-                   b);                                       // x     [n_tok, d_inner]
-    op.linear(dbc, x, w.x_proj, Tensor());                   // dt, B, C  [n_tok, dt_rank+2*d_state]
-    op.linear(dt, dbc.columns(0, R), w.dt_proj, Tensor());   // dt    [n_tok, d_inner]; bias: scan
-    op.selective_scan(y, {x, dt, w.A, B, C, w.D, z, w.dt_bias}, s[kSsmState], b);  // [n_tok, d_inner]
+                   b);                                      // x     [n_tok, d_inner]
+    op.linear(dbc, x, w.x_proj, Tensor());                  // dt, B, C  [n_tok, dt_rank+2*d_state]
+    op.linear(dt, dbc.columns(0, R), w.dt_proj, Tensor());  // dt    [n_tok, d_inner]; bias: scan
+    op.selective_scan(y, {x, dt, w.A, B, C, w.D, z, w.dt_bias}, s[kSsmState],
+                      b);                                     // [n_tok, d_inner]
     op.linear_add(residual, y, w.out_proj, w.out_proj_bias);  // residual  [n_tok, d_model]
   }
 
@@ -72,10 +74,8 @@ std::vector<TensorSpec> mamba1_layer_state(const ModelConfig& c, DType activatio
 
 std::vector<TensorSpec> mamba1_activations(const ModelConfig& c, DType activation) {
   return {
-      {"u", {c.d_model}, activation},
-      {"xz", {2 * c.d_inner}, activation},
-      {"x", {c.d_inner}, activation},
-      {"dbc", {c.dt_rank + 2 * c.d_state}, activation},
+      {"u", {c.d_model}, activation},  {"xz", {2 * c.d_inner}, activation},
+      {"x", {c.d_inner}, activation},  {"dbc", {c.dt_rank + 2 * c.d_state}, activation},
       {"dt", {c.d_inner}, activation},
   };
 }

@@ -75,9 +75,9 @@ class Model {
   std::vector<std::vector<float>> host_copies_;  ///< computed weights that a CPU tensor views
 };
 
-/// The config as the tensors confirm it: fills in vocab_rows, and where an early conversion gives two
-/// values for the layer count or d_inner, takes the one that fits. Errors: format (neither fits),
-/// unsupported (the tensors are of another family).
+/// The config as the tensors confirm it: fills in vocab_rows, and where an early conversion gives
+/// two values for the layer count or d_inner, takes the one that fits. Errors: format (neither
+/// fits), unsupported (the tensors are of another family).
 [[nodiscard]] ModelConfig resolve_config(const ModelConfig& config, const Checkpoint& checkpoint);
 
 /// Bytes of state, over all layers, that one sequence of the model takes.

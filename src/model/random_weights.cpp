@@ -16,7 +16,8 @@ struct PublishedShape {
   int64_t d_model;
 };
 constexpr PublishedShape kPublished[] = {
-    {"130m", 24, 768}, {"370m", 48, 1024}, {"790m", 48, 1536}, {"1.4b", 48, 2048}, {"2.8b", 64, 2560},
+    {"130m", 24, 768},  {"370m", 48, 1024}, {"790m", 48, 1536},
+    {"1.4b", 48, 2048}, {"2.8b", 64, 2560},
 };
 
 /// SplitMix64 (Steele, Lea, Flood 2014): value i of stream `seed`, uniform in [0, 1).
@@ -27,8 +28,9 @@ float uniform(uint64_t seed, uint64_t i) {
   return static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24F;
 }
 
-// Random numbers are made once per kind of matrix, as one period of this many; every matrix reads the
-// repeated period from an offset of its own. A prime, so that no row of a matrix repeats another.
+// Random numbers are made once per kind of matrix, as one period of this many; every matrix reads
+// the repeated period from an offset of its own. A prime, so that no row of a matrix repeats
+// another.
 constexpr size_t kPeriod = (size_t{1} << 20) + 7;
 // Where layers share memory, layer i begins i * kShift elements into it (256 bytes, for alignment).
 constexpr size_t kShift = 128;
@@ -54,8 +56,8 @@ class RandomCheckpoint final : public Checkpoint {
     add("backbone.embedding.weight", embedding, {c.vocab_rows, D}, 0);
     const Tensor ones = constant({std::max(D, E)}, [](int64_t) { return 1.0F; });
     const Tensor zeros = constant({E}, [](int64_t) { return 0.0F; });
-    const Tensor A_log = constant(
-        {E, N}, [&](int64_t i) { return std::log(static_cast<float>(i % N + 1)); });
+    const Tensor A_log =
+        constant({E, N}, [&](int64_t i) { return std::log(static_cast<float>(i % N + 1)); });
     const Tensor dt_bias = constant({E}, [&](int64_t i) {
       const float dt = 0.001F * std::pow(100.0F, uniform(seed_, static_cast<uint64_t>(i)));
       return dt + std::log(-std::expm1(-dt));  // inverse of softplus

@@ -1,5 +1,5 @@
-// Models of random weights in the published shapes, made in memory: speed does not depend on what the
-// weights say, so `bench` and tests need no download.
+// Models of random weights in the published shapes, made in memory: speed does not depend on what
+// the weights say, so `bench` and tests need no download.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,15 @@ namespace krait {
 [[nodiscard]] ModelConfig published_config(std::string_view name);
 
 enum class RandomMemory {
-  distinct,  ///< each tensor has its own memory, as in a file: needed where weights are used in place
+  distinct,  ///< each tensor has its own memory, as in a file: needed where weights are used in
+             ///< place
   shared,    ///< layers overlap: a fraction of the memory, enough where the weights are copied
 };
 
 /// A checkpoint of `config`'s tensors in state-spaces names, matrices of type `dtype` and the rest
-/// f32, initialised as the reference does (A = -1 .. -N, softplus(dt bias) from 0.001 to 0.1, D = 1)
-/// so that activations stay finite. The same seed gives the same weights, however the memory lies.
+/// f32, initialised as the reference does (A = -1 .. -N, softplus(dt bias) from 0.001 to 0.1, D =
+/// 1) so that activations stay finite. The same seed gives the same weights, however the memory
+/// lies.
 [[nodiscard]] std::unique_ptr<Checkpoint> make_random_checkpoint(const ModelConfig& config,
                                                                  DType dtype, uint64_t seed,
                                                                  RandomMemory memory);

@@ -30,10 +30,10 @@ std::string layer_name(int64_t layer, std::string_view rest) {
 }
 
 [[noreturn]] void missing(const std::string& name, const Checkpoint& checkpoint) {
-  throw Error(ErrorKind::format,
-              fmt::format("the tensor {} is missing ({} tensors found)", name,
-                          checkpoint.entries().size()),
-              "the file may be cut short, or be of another model than its config.json");
+  throw Error(
+      ErrorKind::format,
+      fmt::format("the tensor {} is missing ({} tensors found)", name, checkpoint.entries().size()),
+      "the file may be cut short, or be of another model than its config.json");
 }
 
 /// Element i of a host tensor that may be unaligned, as float.
@@ -94,8 +94,8 @@ int64_t settle(std::string_view what, int64_t said, const std::vector<int64_t>& 
                 fmt::format("config.json says {}={}, but the tensors have {}", what, said, found),
                 "check that config.json and the tensors come from the same release");
   }
-  spdlog::warn("config.json says both {}={} and {}={}; the tensors have {}", what, said, what, found,
-               found);
+  spdlog::warn("config.json says both {}={} and {}={}; the tensors have {}", what, said, what,
+               found, found);
   return found;
 }
 
@@ -104,7 +104,8 @@ int64_t settle(std::string_view what, int64_t said, const std::vector<int64_t>& 
 const Checkpoint::Entry* find_tensor(const Checkpoint& checkpoint, std::string_view name) {
   const std::string plain(name);
   std::string plural = plain;
-  if (const auto at = plural.find("embedding."); at != std::string::npos) plural.insert(at + 9, "s");
+  if (const auto at = plural.find("embedding."); at != std::string::npos)
+    plural.insert(at + 9, "s");
   for (const std::string& spelling : {plain, plural, "model." + plain, "model." + plural}) {
     if (const auto* e = checkpoint.find(spelling)) return e;
   }
@@ -224,10 +225,11 @@ Tensor WeightLoader::head(const Tensor& embedding, const Shape& shape) {
   const auto* e = find_tensor(checkpoint_, kHead);
   if (e == nullptr) {
     if (!config_.tie_embeddings) {
-      throw Error(ErrorKind::format,
-                  fmt::format("the tensor {} is missing, and config.json says that it is not tied to "
-                              "the embedding",
-                              kHead));
+      throw Error(
+          ErrorKind::format,
+          fmt::format("the tensor {} is missing, and config.json says that it is not tied to "
+                      "the embedding",
+                      kHead));
     }
     return embedding;
   }

@@ -41,8 +41,8 @@ class WeightLoader {
 
   [[nodiscard]] DType dtype() const noexcept { return dtype_; }
 
-  // By the name that state-spaces uses, e.g. "backbone.layers.0.norm.weight". A missing tensor is an
-  // error of kind format; so is a shape other than `shape`.
+  // By the name that state-spaces uses, e.g. "backbone.layers.0.norm.weight". A missing tensor is
+  // an error of kind format; so is a shape other than `shape`.
 
   [[nodiscard]] Tensor matrix(const std::string& name, const Shape& shape);  ///< as dtype()
   [[nodiscard]] Tensor vector(const std::string& name, const Shape& shape);  ///< as f32
@@ -81,8 +81,8 @@ class WeightLoader {
   std::vector<std::vector<float>> host_copies_;
 };
 
-/// The entry of that name under any spelling: "embedding" or "embeddings", with or without a leading
-/// "model."; null if there is none.
+/// The entry of that name under any spelling: "embedding" or "embeddings", with or without a
+/// leading "model."; null if there is none.
 [[nodiscard]] const Checkpoint::Entry* find_tensor(const Checkpoint& checkpoint,
                                                    std::string_view name);
 

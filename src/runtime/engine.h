@@ -27,20 +27,31 @@ struct EngineOptions {
   DType state_dtype = DType::f32;  ///< of the ssm state
   bool penalties = true;           ///< keep token counts, so that penalties can be used
   int64_t max_seen_window =
-      4096;               ///< largest repeat_last_n that is honoured; -1 in params means this
-  int64_t max_bias = 64;  ///< largest number of logit biases per sequence
+      4096;                 ///< largest repeat_last_n that is honoured; -1 in params means this
+  int64_t max_bias = 64;    ///< largest number of logit biases per sequence
+  int64_t vocab_limit = 0;  ///< tokens from here on are never sampled; 0: the model's vocab_size
+  bool poison = false;      ///< starts all memory as NaN, so that a read of a free slot shows
 };
 
 /// Bytes of device memory by use, as `inspect` and the statistics line report them.
 struct EngineMemory {
   size_t weights = 0;
   size_t state = 0;
-  size_t activations = 0;
+  size_t activations = 0;  ///< with logits and the state of sampling
   size_t state_per_sequence = 0;
 };
 
-/// Logits of consecutive positions, on the host: rows f32 [n_rows, vocab_size], valid during the
-/// call.
+/// The memory that an engine with `options` would take on the device of `op`, without making one,
+/// for weights of type `weights` (whose own bytes are left 0). `config` is that of
+/// resolve_config().
+[[nodiscard]] EngineMemory plan_memory(const ModelConfig& config, const Ops& op, DType weights,
+                                       const EngineOptions& options);
+
+/// The prefill chunk that an engine takes when none is asked for.
+[[nodiscard]] int64_t default_prefill_chunk(const Ops& op);
+
+/// Logits of consecutive positions of the sequence (0 is the first token after open), on the host:
+/// rows f32 [n_rows, vocab_size], valid during the call.
 using LogitsSink = std::function<void(int64_t first_position, int64_t n_rows, const float* rows)>;
 
 using LogitBias = std::vector<std::pair<int32_t, float>>;
@@ -58,13 +69,15 @@ class Engine {
 
   /// Feeds `ids` to the sequence; then samples a token unless `sample` is false. With `sink`, hands
   /// over the logits of every position (or of the last alone, `last_only`). `cancelled`, asked
-  /// between chunks, ends the call early with false. Errors: usage when an id is outside the
-  /// vocabulary, or ids is empty.
+  /// between chunks, ends the call early with false. Exactly `ids` are fed: a token that was
+  /// sampled but not yet fed by step() is not among them unless the caller puts it there. Errors:
+  /// usage when an id is outside the vocabulary, or ids is empty.
   bool prefill(int slot, std::span<const int32_t> ids, bool sample = true,
                const LogitsSink& sink = {}, bool last_only = false,
                const std::function<bool()>& cancelled = {});
 
-  /// Each slot feeds the token it sampled last and samples the next. Launches only.
+  /// Each slot feeds the token it sampled last and samples the next. Launches only. At most 8
+  /// launches may be waiting for receive().
   void step(std::span<const int32_t> slots);
 
   /// Waits for the oldest prefill or step not yet received and returns its tokens, in the order of

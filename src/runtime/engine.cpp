@@ -1,0 +1,454 @@
+#include "runtime/engine.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <tuple>
+
+#include "kernels/sampling.h"
+#include "model/family.h"
+#include "runtime/state_pool.h"
+
+namespace krait {
+
+namespace {
+
+constexpr size_t kMaxOutstanding = 8;  // launches not yet received; Ops::receive
+constexpr int64_t kMaxSlots = 1 << 20;
+// Logits of many positions go through the head in blocks of about this size.
+constexpr int64_t kLogitsBlockBytes = 16 << 20;
+
+/// The engine's memory besides state and weights, in the order of step_tensors().
+enum StepTensor : size_t {
+  kResidual,      ///< f32 [n_tok, d_model]
+  kIds,           ///< i32 [n_tok]
+  kNormed,        ///< T [n_row, d_model]
+  kLogits,        ///< f32 [n_row, vocab_rows]
+  kPrefillStart,  ///< i32 [2]
+  kPrefillSlot,   ///< i32 [1]
+  kDecodeStart,   ///< i32 [n_slot + 1]: 0, 1, 2, ...
+  kDecodeSlot,    ///< i32 [n_slot]
+  kParams,        ///< this and the rest: SampleState
+  kPosition,
+  kNextId,
+  kSeen,
+  kSeenLen,
+  kCounts,
+  kBiasId,
+  kBiasValue,
+  kFirstActivation,  ///< Model::activations(), [n_tok, ...] each
+};
+
+int64_t logits_rows(const ModelConfig& c, const EngineOptions& o) {
+  const int64_t block = kLogitsBlockBytes / (c.vocab_rows * static_cast<int64_t>(sizeof(float)));
+  return std::max(o.n_slot, std::clamp<int64_t>(block, 1, o.prefill_chunk));
+}
+
+std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const EngineOptions& o,
+                                     const std::vector<TensorSpec>& activations) {
+  const int64_t n_tok = std::max(o.prefill_chunk, o.n_slot);
+  const int64_t n_row = logits_rows(c, o);
+  const int64_t n_penalty = o.penalties ? o.n_slot : 0;
+  std::vector<TensorSpec> specs{
+      {"residual", {n_tok, c.d_model}, DType::f32},
+      {"ids", {n_tok}, DType::i32},
+      {"normed", {n_row, c.d_model}, T},
+      {"logits", {n_row, c.vocab_rows}, DType::f32},
+      {"prefill_start", {2}, DType::i32},
+      {"prefill_slot", {1}, DType::i32},
+      {"decode_start", {o.n_slot + 1}, DType::i32},
+      {"decode_slot", {o.n_slot}, DType::i32},
+      {"params", {o.n_slot, static_cast<int64_t>(sizeof(SampleParams))}, DType::u8},
+      {"position", {o.n_slot}, DType::i64},
+      {"next_id", {o.n_slot}, DType::i32},
+      {"seen", {n_penalty, o.max_seen_window}, DType::i32},
+      {"seen_len", {o.n_slot}, DType::i64},
+      {"counts", {n_penalty, c.vocab_size}, DType::i32},
+      {"bias_id", {o.n_slot, o.max_bias}, DType::i32},
+      {"bias_value", {o.n_slot, o.max_bias}, DType::f32},
+  };
+  for (const TensorSpec& a : activations) {
+    Shape shape{n_tok};
+    for (int i = 0; i < a.shape.rank(); ++i) shape.push_back(a.shape[i]);
+    specs.push_back({a.name, shape, a.dtype});
+  }
+  return specs;
+}
+
+EngineOptions checked(EngineOptions o, const ModelConfig& c, const Ops& op) {
+  const auto require = [](bool ok, std::string_view what, int64_t found, int64_t least,
+                          int64_t most) {
+    if (ok) return;
+    throw Error(ErrorKind::usage,
+                fmt::format("{}: expected {} to {}, found {}", what, least, most, found));
+  };
+  if (o.prefill_chunk == 0) o.prefill_chunk = default_prefill_chunk(op);
+  const auto in = [](int64_t v, int64_t a, int64_t b) { return v >= a && v <= b; };
+  require(in(o.n_slot, 1, kMaxSlots), "sequences at once", o.n_slot, 1, kMaxSlots);
+  require(in(o.prefill_chunk, 1, 1 << 20), "prefill chunk", o.prefill_chunk, 1, 1 << 20);
+  require(in(o.max_seen_window, 1, 1 << 24), "window of seen tokens", o.max_seen_window, 1,
+          1 << 24);
+  require(in(o.max_bias, 0, 1 << 20), "logit biases", o.max_bias, 0, 1 << 20);
+  if (!is_float16_or_32(o.state_dtype)) {
+    throw Error(ErrorKind::usage, fmt::format("state type: expected f32, bf16 or f16, found {}",
+                                              dtype_name(o.state_dtype)));
+  }
+  if (o.vocab_limit <= 0 || o.vocab_limit > c.vocab_size) o.vocab_limit = c.vocab_size;
+  return o;
+}
+
+bool has_penalties(const SampleParams& p) {
+  return p.repeat_penalty != 1.0F || p.presence_penalty != 0.0F || p.frequency_penalty != 0.0F;
+}
+
+/// Writes one slot's row of a per-slot tensor.
+void upload_row(Ops& op, const Tensor& to, int64_t slot, const void* from) {
+  const Tensor row = to.rows(slot, 1);
+  op.upload(row.data, from, row.bytes());
+}
+
+/// Graphs are remembered under a key for as long as the backend lives, so two engines on one
+/// backend need different keys.
+uint64_t next_engine_id() {
+  static std::atomic<uint64_t> id{0};
+  return ++id;
+}
+
+}  // namespace
+
+int64_t default_prefill_chunk(const Ops& op) { return op.backend() == "cpu" ? 512 : 2048; }
+
+struct Engine::Impl {
+  Impl(const Model& m, Ops& ops, const EngineOptions& o)
+      : model(m),
+        c(m.config()),
+        op(ops),
+        options(checked(o, c, ops)),
+        T(ops.activation_dtype(m.weight_dtype())),
+        state(ops, c.n_layer, m.layer_state(T, options.state_dtype), options.n_slot, o.poison),
+        step_memory(ops, step_tensors(c, T, options, m.activations(T)), "activations", o.poison),
+        act(m.activations(T).size()),
+        bytes_per_sequence(state_bytes_per_sequence(c, T, options.state_dtype)),
+        decode_key(next_engine_id() << 32),
+        slots(static_cast<size_t>(options.n_slot)) {
+    std::vector<int32_t> iota(static_cast<size_t>(options.n_slot) + 1);
+    for (size_t i = 0; i < iota.size(); ++i) iota[i] = static_cast<int32_t>(i);
+    const Tensor& start = step_memory[kDecodeStart];
+    op.upload(start.data, iota.data(), start.bytes());
+    sampling = {step_memory[kParams], step_memory[kPosition], step_memory[kNextId],
+                step_memory[kSeen],   step_memory[kSeenLen],  step_memory[kCounts],
+                step_memory[kBiasId], step_memory[kBiasValue]};
+    decode_slots.reserve(slots.size());
+    tokens.resize(slots.size());
+  }
+
+  /// What the host knows of a slot.
+  struct Slot {
+    SampleParams params;
+    int64_t n_fed = 0;  ///< tokens fed since open
+    bool open = false;
+    bool sampled = false;  ///< next_id holds a token
+  };
+
+  Slot& slot_at(int slot) {
+    if (slot < 0 || slot >= options.n_slot || !slots[static_cast<size_t>(slot)].open) {
+      throw Error(ErrorKind::runtime, fmt::format("slot {} is not open", slot));
+    }
+    return slots[static_cast<size_t>(slot)];
+  }
+
+  /// The blocks, on the first rows of the step's memory.
+  void forward(const Batch& b) {
+    for (size_t i = 0; i < act.size(); ++i) {
+      act[i] = step_memory[kFirstActivation + i].rows(0, b.n_tok);
+    }
+    model.forward(op, residual(0, b.n_tok), step_memory[kIds].rows(0, b.n_tok), b, act,
+                  state.layers());
+  }
+
+  Tensor residual(int64_t begin, int64_t n) const { return step_memory[kResidual].rows(begin, n); }
+
+  /// Logits of n rows of the residual stream.
+  Tensor head(int64_t begin, int64_t n) {
+    const Tensor logits = step_memory[kLogits].rows(0, n);
+    model.head(op, logits, step_memory[kNormed].rows(0, n), residual(begin, n));
+    return logits;
+  }
+
+  /// Samples from `logits` [n, vocab_rows], which are kept first where they were asked for.
+  void sample(const Tensor& logits, const Tensor& slot, int64_t n) {
+    if (keep) op.copy(kept[0].data, logits.data, logits.bytes());
+    op.sample(logits, options.vocab_limit, sampling, slot, n);
+  }
+
+  /// One step of the first n of kDecodeSlot. Nothing here depends on anything but n and `keep` that
+  /// does not lie in device memory.
+  void decode(int64_t n) {
+    const Batch b{n, n, 1, step_memory[kDecodeStart].rows(0, n + 1),
+                  step_memory[kDecodeSlot].rows(0, n)};
+    const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
+    const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
+    op.gather_rows(ids, next_id, b.slot);
+    forward(b);
+    sample(head(0, n), b.slot, n);
+  }
+
+  void posted(int64_t n_row) {
+    outstanding[(first_outstanding + n_outstanding++) % kMaxOutstanding] = n_row;
+    last_rows = keep ? n_row : 0;
+  }
+
+  void require_room() const {
+    if (n_outstanding == kMaxOutstanding) {
+      throw Error(ErrorKind::runtime, fmt::format("{} launches wait for receive()", n_outstanding));
+    }
+  }
+
+  /// Downloads n rows of logits without their padding.
+  const float* to_host(const Tensor& logits) {
+    const auto rows = static_cast<size_t>(logits.dim(0));
+    const auto stride = static_cast<size_t>(c.vocab_rows);
+    const auto vocab = static_cast<size_t>(c.vocab_size);
+    host_logits.resize(std::max(host_logits.size(), rows * stride));
+    op.download(host_logits.data(), logits.data, logits.bytes());
+    for (size_t r = 1; r < rows && stride != vocab; ++r) {
+      std::memmove(&host_logits[r * vocab], &host_logits[r * stride], vocab * sizeof(float));
+    }
+    return host_logits.data();
+  }
+
+  /// Puts tokens of a prompt into the window of seen tokens, as sample() does with sampled ones.
+  void remember(int slot, std::span<const int32_t> ids) {
+    const Slot& s = slot_at(slot);
+    if (!sampling.counts || !has_penalties(s.params)) return;
+    const int64_t ring_length = sampling.seen.dim(1);
+    const int64_t window = sampling::window_length(s.params.repeat_last_n, ring_length);
+    std::vector<int32_t> ring(static_cast<size_t>(ring_length));
+    std::vector<int32_t> counts(static_cast<size_t>(c.vocab_size));
+    int64_t length = 0;
+    if (s.n_fed > 0) {
+      op.download(ring.data(), sampling.seen.rows(slot, 1).data, ring.size() * sizeof(int32_t));
+      op.download(&length, sampling.seen_len.rows(slot, 1).data, sizeof length);
+    }
+    for (const int32_t id : ids) ring[static_cast<size_t>(length++ % ring_length)] = id;
+    for (int64_t n = std::max<int64_t>(0, length - window); n < length; ++n) {
+      ++counts[static_cast<size_t>(ring[static_cast<size_t>(n % ring_length)])];
+    }
+    upload_row(op, sampling.seen, slot, ring.data());
+    upload_row(op, sampling.seen_len, slot, &length);
+    upload_row(op, sampling.counts, slot, counts.data());
+  }
+
+  const Model& model;
+  const ModelConfig& c;
+  Ops& op;
+  EngineOptions options;
+  DType T;  ///< of activations
+  StatePool state;
+  Slab step_memory;
+  Activations act;
+  SampleState sampling;
+  size_t bytes_per_sequence;
+  uint64_t decode_key;
+  std::vector<Slot> slots;
+  std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds
+
+  std::array<int64_t, kMaxOutstanding> outstanding{};  ///< rows of each launch, a ring
+  size_t first_outstanding = 0;
+  size_t n_outstanding = 0;
+  std::vector<int32_t> tokens;
+
+  bool keep = false;
+  int64_t last_rows = 0;  ///< rows of `kept` that the latest launch wrote
+  Slab kept;              ///< f32 [n_slot, vocab_rows]
+  std::vector<float> host_logits;
+};
+
+Engine::Engine(const Model& model, Ops& op, const EngineOptions& options)
+    : impl_(std::make_unique<Impl>(model, op, options)) {}
+
+Engine::~Engine() {
+  try {
+    impl_->op.synchronize();  // launches may still use the memory
+  } catch (const Error&) {    // NOLINT(bugprone-empty-catch): whoever waits next hears of it
+  }
+}
+
+void Engine::open(int slot, const SampleParams& params, const LogitBias& bias) {
+  Impl& e = *impl_;
+  const EngineOptions& o = e.options;
+  if (slot < 0 || slot >= o.n_slot) {
+    throw Error(ErrorKind::runtime, fmt::format("slot {} of {}", slot, o.n_slot));
+  }
+  if (static_cast<int64_t>(bias.size()) > o.max_bias) {
+    throw Error(ErrorKind::usage,
+                fmt::format("{} logit biases, expected at most {}", bias.size(), o.max_bias));
+  }
+  for (const auto& [id, value] : bias) {
+    if (id < 0 || id >= e.c.vocab_size) {
+      throw Error(ErrorKind::usage,
+                  fmt::format("logit bias: the token id {} is outside of the vocabulary of {}", id,
+                              e.c.vocab_size));
+    }
+  }
+  if (has_penalties(params) && !e.sampling.counts) {
+    throw Error(ErrorKind::runtime, "penalties need an engine made with EngineOptions::penalties");
+  }
+
+  e.slots[static_cast<size_t>(slot)] = {params, 0, true, false};
+  e.state.clear(slot);
+  const auto clear = [&](const Tensor& t) {
+    if (t) e.op.zero(t.rows(slot, 1).data, t.rows(slot, 1).bytes());
+  };
+  const SampleState& s = e.sampling;
+  upload_row(e.op, s.params, slot, &params);
+  for (const Tensor& t : {s.position, s.next_id, s.seen, s.seen_len, s.counts}) clear(t);
+  if (s.bias_id) {
+    std::vector<int32_t> ids(static_cast<size_t>(o.max_bias), -1);
+    std::vector<float> values(ids.size(), 0.0F);
+    for (size_t i = 0; i < bias.size(); ++i) std::tie(ids[i], values[i]) = bias[i];
+    upload_row(e.op, s.bias_id, slot, ids.data());
+    upload_row(e.op, s.bias_value, slot, values.data());
+  }
+}
+
+bool Engine::prefill(int slot, std::span<const int32_t> ids, bool sample, const LogitsSink& sink,
+                     bool last_only, const std::function<bool()>& cancelled) {
+  Impl& e = *impl_;
+  Impl::Slot& s = e.slot_at(slot);
+  if (ids.empty()) throw Error(ErrorKind::usage, "the prompt has no tokens");
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= e.c.vocab_size) {
+      throw Error(
+          ErrorKind::usage,
+          fmt::format("the token id {} is outside of the vocabulary of {}", id, e.c.vocab_size),
+          "ids must come from the tokenizer of this model");
+    }
+  }
+  if (sample) e.require_room();
+  s.sampled = false;
+  e.last_rows = 0;
+  e.remember(slot, ids);
+
+  const Tensor& start = e.step_memory[kPrefillStart];
+  const Tensor& slot_tensor = e.step_memory[kPrefillSlot];
+  const auto slot32 = static_cast<int32_t>(slot);
+  e.op.upload(slot_tensor.data, &slot32, sizeof slot32);
+  const auto n_ids = static_cast<int64_t>(ids.size());
+  const int64_t block = e.step_memory[kLogits].dim(0);
+  for (int64_t begin = 0; begin < n_ids; begin += e.options.prefill_chunk) {
+    if (cancelled && cancelled()) return false;
+    const int64_t n = std::min(n_ids - begin, e.options.prefill_chunk);
+    const bool last = begin + n == n_ids;
+    const std::array<int32_t, 2> bounds{0, static_cast<int32_t>(n)};
+    e.op.upload(start.data, bounds.data(), sizeof bounds);
+    e.op.upload(e.step_memory[kIds].data, ids.data() + begin,
+                static_cast<size_t>(n) * sizeof(int32_t));
+    e.forward({n, 1, n, start, slot_tensor});
+
+    Tensor logits;  // of the rows that someone wants; ends with the last one
+    if (sink && !last_only) {
+      for (int64_t row = 0; row < n; row += block) {
+        logits = e.head(row, std::min(block, n - row));
+        sink(s.n_fed + row, logits.dim(0), e.to_host(logits));
+      }
+    } else if (last && (sample || sink)) {
+      logits = e.head(n - 1, 1);
+      if (sink) sink(s.n_fed + n - 1, 1, e.to_host(logits));
+    }
+    s.n_fed += n;
+    if (last && sample) {
+      e.sample(logits.rows(logits.dim(0) - 1, 1), slot_tensor, 1);
+      e.posted(1);
+      s.sampled = true;
+    }
+  }
+  return true;
+}
+
+void Engine::step(std::span<const int32_t> slots) {
+  Impl& e = *impl_;
+  e.require_room();
+  if (slots.empty()) throw Error(ErrorKind::runtime, "a step without sequences");
+  if (!std::ranges::equal(slots, e.decode_slots)) {
+    if (slots.size() > e.slots.size()) {
+      throw Error(ErrorKind::runtime,
+                  fmt::format("{} sequences in a step, {} slots", slots.size(), e.slots.size()));
+    }
+    for (size_t i = 0; i < slots.size(); ++i) {
+      if (std::ranges::find(slots.first(i), slots[i]) !=
+          slots.begin() + static_cast<ptrdiff_t>(i)) {
+        throw Error(ErrorKind::runtime, fmt::format("slot {} twice in a step", slots[i]));
+      }
+    }
+    e.decode_slots.assign(slots.begin(), slots.end());
+    e.op.upload(e.step_memory[kDecodeSlot].data, slots.data(), slots.size_bytes());
+  }
+  for (const int32_t slot : slots) {
+    Impl::Slot& s = e.slot_at(slot);
+    if (!s.sampled) {
+      throw Error(ErrorKind::runtime, fmt::format("slot {} has no token to go on from", slot));
+    }
+    ++s.n_fed;
+  }
+  const auto n = static_cast<int64_t>(slots.size());
+  e.op.replay(e.decode_key + (static_cast<uint64_t>(n) << 1 | (e.keep ? 1U : 0U)),
+              [&e, n] { e.decode(n); });
+  e.posted(n);
+}
+
+std::span<const int32_t> Engine::receive() {
+  Impl& e = *impl_;
+  if (e.n_outstanding == 0) throw Error(ErrorKind::runtime, "nothing was launched to receive");
+  const auto n = static_cast<size_t>(e.outstanding[e.first_outstanding]);
+  e.first_outstanding = (e.first_outstanding + 1) % kMaxOutstanding;
+  --e.n_outstanding;
+  const std::span<int32_t> tokens = std::span(e.tokens).first(n);
+  e.op.receive(tokens);
+  return tokens;
+}
+
+void Engine::keep_logits(bool keep) {
+  Impl& e = *impl_;
+  if (keep && e.kept.bytes() == 0) {
+    const TensorSpec spec{"kept_logits", {e.options.n_slot, e.c.vocab_rows}, DType::f32};
+    e.kept = Slab(e.op, std::span(&spec, 1), "logits", false);
+  }
+  e.keep = keep;
+}
+
+std::span<const float> Engine::logits(int64_t row) {
+  Impl& e = *impl_;
+  if (row < 0 || row >= e.last_rows) {
+    throw Error(ErrorKind::runtime, fmt::format("no logits were kept of row {}", row));
+  }
+  return {e.to_host(e.kept[0].rows(row, 1)), static_cast<size_t>(e.c.vocab_size)};
+}
+
+EngineMemory plan_memory(const ModelConfig& config, const Ops& op, DType weights,
+                         const EngineOptions& options) {
+  const Family& family = family_named(config.family);
+  const EngineOptions o = checked(options, config, op);
+  const DType T = op.activation_dtype(weights);
+  EngineMemory m;
+  m.state = Slab::bytes_of(
+      StatePool::specs(config.n_layer, family.layer_state(config, T, o.state_dtype), o.n_slot));
+  m.activations = Slab::bytes_of(step_tensors(config, T, o, family.activations(config, T)));
+  m.state_per_sequence = state_bytes_per_sequence(config, T, o.state_dtype);
+  return m;
+}
+
+EngineMemory Engine::memory() const noexcept {
+  const Impl& e = *impl_;
+  EngineMemory m;
+  m.weights = e.model.weight_bytes();
+  m.state = e.state.bytes();
+  m.activations = e.step_memory.bytes() + e.kept.bytes();
+  m.state_per_sequence = e.bytes_per_sequence;
+  return m;
+}
+
+int64_t Engine::prefill_chunk() const noexcept { return impl_->options.prefill_chunk; }
+
+}  // namespace krait
