@@ -41,23 +41,24 @@ class Mamba1 final : public Model {
     const int64_t R = config_.dt_rank;
     const Tensor& u = act[kU];
     const Tensor& xz = act[kXz];
+    const Tensor x_in = xz.columns(0, E);
+    const Tensor z = xz.columns(E, E);
     const Tensor& x = act[kX];
     const Tensor& dbc = act[kDbc];
-    const Tensor& dt = act[kDt];
-    const Tensor& y = x;  // the scan writes over its input
-    const Tensor z = xz.columns(E, E);
+    const Tensor dt_low = dbc.columns(0, R);
     const Tensor B = dbc.columns(R, N);
     const Tensor C = dbc.columns(R + N, N);
+    const Tensor& dt = act[kDt];
+    const Tensor& y = x;  // the scan writes over its input
+    const ScanInputs scan{x, dt, w.A, B, C, w.D, z, w.dt_bias};
 
-    op.rms_norm(u, residual, w.norm, config_.norm_eps);  // u         [n_tok, d_model]
-    op.linear(xz, u, w.in_proj, w.in_proj_bias);         // x, z      [n_tok, 2*d_inner]
-    op.conv1d_silu(x, xz.columns(0, E), w.conv1d, w.conv1d_bias, s[kConvState],
-                   b);                                      // x     [n_tok, d_inner]
-    op.linear(dbc, x, w.x_proj, Tensor());                  // dt, B, C  [n_tok, dt_rank+2*d_state]
-    op.linear(dt, dbc.columns(0, R), w.dt_proj, Tensor());  // dt    [n_tok, d_inner]; bias: scan
-    op.selective_scan(y, {x, dt, w.A, B, C, w.D, z, w.dt_bias}, s[kSsmState],
-                      b);                                     // [n_tok, d_inner]
-    op.linear_add(residual, y, w.out_proj, w.out_proj_bias);  // residual  [n_tok, d_model]
+    op.rms_norm(u, residual, w.norm, config_.norm_eps);                  // [n_tok, d_model]
+    op.linear(xz, u, w.in_proj, w.in_proj_bias);                         // [n_tok, 2*d_inner]
+    op.conv1d_silu(x, x_in, w.conv1d, w.conv1d_bias, s[kConvState], b);  // [n_tok, d_inner]
+    op.linear(dbc, x, w.x_proj, Tensor());        // [n_tok, dt_rank + 2*d_state]
+    op.linear(dt, dt_low, w.dt_proj, Tensor());   // [n_tok, d_inner]; its bias is the scan's
+    op.selective_scan(y, scan, s[kSsmState], b);  // [n_tok, d_inner]
+    op.linear_add(residual, y, w.out_proj, w.out_proj_bias);  // [n_tok, d_model]
   }
 
   std::vector<Mamba1Layer> layers_;
