@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads)
     conv1d_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
                   const int32_t* seq_start, const int32_t* slots, int64_t d_inner,
                   int64_t out_stride, int64_t u_stride) {
+  after_previous();
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t seq = blockIdx.z;
   const int32_t slot = slots[seq];

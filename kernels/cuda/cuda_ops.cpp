@@ -26,6 +26,17 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
                   : "");
 }
 
+bool has_programmatic_launch() {
+  static const bool yes = [] {
+    int device = 0;
+    int major = 0;
+    KRAIT_CUDA(cudaGetDevice(&device));
+    KRAIT_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+  }();
+  return yes;
+}
+
 namespace {
 
 /// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.

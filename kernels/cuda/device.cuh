@@ -22,17 +22,35 @@ void check(cudaError_t status, const char* call, const char* file, int line);
 
 /// The one way to launch: a failed launch is an Error that names the kernel. Launching nothing is
 /// fine.
+///
+/// From Hopper on a kernel may start while the one before it still runs (programmatic dependent
+/// launch), which hides its launch and its first weight loads. So every kernel begins with
+/// after_previous(), and before it touches nothing but weights.
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = has_programmatic_launch() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name, __FILE__,
         __LINE__);
+}
+
+/// Waits until the kernels before this one are done and their writes are visible; lets the next
+/// kernel begin to start.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
 }
 
 /// Calls f(T{}) with T = float, __half or __nv_bfloat16.
@@ -92,6 +110,10 @@ __device__ __forceinline__ Vec16<T> load_streaming(const T* p) {
       : "=r"(u.raw.x), "=r"(u.raw.y), "=r"(u.raw.z), "=r"(u.raw.w)
       : "l"(p));
   return u.vec;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 template <typename T>

@@ -11,6 +11,7 @@ namespace {
 
 template <typename W>
 __global__ void embed_kernel(float* residual, const int32_t* ids, const W* table, int64_t d_model) {
+  after_previous();
   const int64_t t = blockIdx.x;
   const W* row = table + ids[t] * d_model;
   for (int64_t i = threadIdx.x; i < d_model; i += blockDim.x) {
@@ -21,6 +22,7 @@ __global__ void embed_kernel(float* residual, const int32_t* ids, const W* table
 template <typename E>
 __global__ void gather_kernel(E* out, const E* src, const int32_t* index, int64_t width,
                               int64_t out_stride, int64_t src_stride) {
+  after_previous();
   const int64_t i = blockIdx.x;
   const int32_t from = index[i];
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
@@ -30,6 +32,7 @@ __global__ void gather_kernel(E* out, const E* src, const int32_t* index, int64_
 
 template <typename To, typename From>
 __global__ void convert_kernel(To* dst, const From* src, int64_t n) {
+  after_previous();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     if constexpr (std::is_same_v<From, double>) {
@@ -42,6 +45,7 @@ __global__ void convert_kernel(To* dst, const From* src, int64_t n) {
 
 template <typename T>
 __global__ void add_bias_kernel(T* out, const float* bias, int64_t n, int64_t stride) {
+  after_previous();
   T* row = out + blockIdx.x * stride;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     row[i] = from_float<T>(to_float(row[i]) + bias[i]);

@@ -15,6 +15,7 @@ namespace krait::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kPrefetch = 4;  // 16-byte loads per thread and row that are requested ahead
 
 struct Strides {
   int64_t out;
@@ -41,6 +42,17 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int r = 0; r < kRows; ++r) rows[r] = W + min(row0 + r, n_out - 1) * n_in;
 
   const int64_t stride_k = static_cast<int64_t>(warps_per_group) * 32 * kStep;
+  if constexpr (kVector) {
+    // The weights don't depend on the kernel before this one: bring the first ones to L2 while it
+    // ends.
+    for (int64_t k = (part * 32 + lane) * kStep, i = 0; k < n_in && i < kPrefetch;
+         k += stride_k, ++i) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) prefetch_l2(rows[r] + k);
+    }
+  }
+  after_previous();
+
 #pragma unroll 4
   for (int64_t k = (part * 32 + lane) * kStep; k < n_in; k += stride_k) {
     if constexpr (kVector) {

@@ -16,6 +16,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(T* out, const float* x, const float* weight, float eps, int64_t d,
                     int64_t out_stride, int64_t x_stride) {
+  after_previous();
   const float* row = x + blockIdx.x * x_stride;
   float sum = 0.0F;
   for (int64_t i = threadIdx.x; i < d; i += kThreads) sum = fmaf(row[i], row[i], sum);

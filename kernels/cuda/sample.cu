@@ -350,6 +350,7 @@ __device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
 __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(float* logits, int vocab, int64_t row_stride, SampleState state, int window,
                   int n_bias, int64_t counts_stride, const int32_t* slots, Mailbox mail) {
+  after_previous();
   __shared__ Shared s;
   const int seq = static_cast<int>(blockIdx.x);
   const int32_t slot = slots[seq];

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   float* carry = reinterpret_cast<float*>(shared_raw) +
                  sizeof(SharedTile) / sizeof(float);  // [d_state][kChannels]
 
+  after_previous();
   const int seq = static_cast<int>(blockIdx.y);
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;

@@ -42,6 +42,7 @@ struct alignas(4 * sizeof(S)) Quad {
 
 template <typename T, typename S, bool kSixteen>
 __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> p, S* ssm_state) {
+  after_previous();
   const int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int64_t seq = blockIdx.y;
