@@ -1,0 +1,118 @@
+#include "tokenizer/byte_level.h"
+
+#include <array>
+#include <cstdint>
+
+#include "tokenizer/unicode.h"
+
+namespace krait::byte_level {
+
+namespace {
+
+constexpr bool stands_for_itself(int b) {
+  return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+}
+
+constexpr auto kCharOf = [] {
+  std::array<uint16_t, 256> table{};
+  uint16_t next = 0x100;
+  for (int b = 0; b < 256; ++b) {
+    table[static_cast<size_t>(b)] = stands_for_itself(b) ? static_cast<uint16_t>(b) : next++;
+  }
+  return table;
+}();
+
+constexpr auto kByteOf = [] {
+  std::array<int16_t, 0x144> table{};
+  for (auto& b : table) b = -1;
+  for (size_t b = 0; b < 256; ++b) table[kCharOf[b]] = static_cast<int16_t>(b);
+  return table;
+}();
+
+enum class Class : uint8_t { other, letter, number, space };
+
+Class class_of_slow(char32_t c) {
+  if (unicode::is_letter(c)) return Class::letter;
+  if (unicode::is_numeric(c)) return Class::number;
+  return unicode::is_white_space(c) ? Class::space : Class::other;
+}
+
+Class class_of(char32_t c) {
+  static const auto ascii = [] {
+    std::array<Class, 128> table{};
+    for (size_t i = 0; i < 128; ++i) table[i] = class_of_slow(static_cast<char32_t>(i));
+    return table;
+  }();
+  return c < 128 ? ascii[c] : class_of_slow(c);
+}
+
+/// Length of a contraction at the apostrophe text[pos], or 0.
+size_t contraction(std::string_view text, size_t pos) {
+  const std::string_view rest = text.substr(pos + 1, 2);
+  if (rest.starts_with("re") || rest.starts_with("ve") || rest.starts_with("ll")) return 3;
+  if (!rest.empty() && std::string_view("stmd").find(rest[0]) != std::string_view::npos) return 2;
+  return 0;
+}
+
+/// End of the run of characters of class `k` that begins at or before `pos`.
+size_t run_end(std::string_view text, size_t pos, Class k) {
+  while (pos < text.size()) {
+    const unicode::Char c = unicode::next(text, pos);
+    if (class_of(c.code) != k) break;
+    pos += c.length;
+  }
+  return pos;
+}
+
+size_t word_end(std::string_view text, size_t pos) {
+  const unicode::Char first = unicode::next(text, pos);
+  if (first.code == '\'') {
+    if (const size_t length = contraction(text, pos)) return pos + length;
+  }
+  const Class k = class_of(first.code);
+  if (k != Class::space) return run_end(text, pos + first.length, k);
+
+  // One U+0020, and no other white space, may lead a word.
+  if (first.code == ' ' && pos + 1 < text.size()) {
+    const unicode::Char c = unicode::next(text, pos + 1);
+    const Class after = class_of(c.code);
+    if (after != Class::space) return run_end(text, pos + 1 + c.length, after);
+  }
+  // \s+(?!\S): the run without its last character, unless it ends the text; else \s+.
+  const size_t end = run_end(text, pos + first.length, Class::space);
+  if (end == text.size()) return end;
+  const size_t last = unicode::previous(text, end);
+  return last > pos ? last : end;
+}
+
+}  // namespace
+
+char32_t char_of(unsigned char byte) { return kCharOf[byte]; }
+
+int byte_of(char32_t c) { return c < kByteOf.size() ? kByteOf[c] : -1; }
+
+void append_mapped(std::string& out, std::string_view bytes) {
+  for (const char b : bytes) unicode::append(out, char_of(static_cast<unsigned char>(b)));
+}
+
+std::string unmapped(std::string_view token) {
+  std::string bytes;
+  bytes.reserve(token.size());
+  for (size_t pos = 0; pos < token.size();) {
+    const unicode::Char c = unicode::next(token, pos);
+    const int b = byte_of(c.code);
+    if (b < 0) return std::string(token);
+    bytes.push_back(static_cast<char>(b));
+    pos += c.length;
+  }
+  return bytes;
+}
+
+void split_words(std::string_view text, size_t base, std::vector<size_t>& ends) {
+  for (size_t pos = 0; pos < text.size();) {
+    pos = word_end(text, pos);
+    ends.push_back(base + pos);
+  }
+}
+
+}  // namespace krait::byte_level

@@ -1,0 +1,27 @@
+// The byte-level alphabet and the word pattern of GPT-2 (Radford et al. 2019).
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace krait::byte_level {
+
+/// The character that stands for each byte: printable Latin-1 for itself, the other 68 bytes from
+/// U+0100 up ("Ġ" is the space).
+[[nodiscard]] char32_t char_of(unsigned char byte);
+/// The byte a character stands for, or -1.
+[[nodiscard]] int byte_of(char32_t c);
+
+/// Appends the text with every byte replaced by its character.
+void append_mapped(std::string& out, std::string_view bytes);
+/// The bytes of a token; a token with a character outside the alphabet is plain text and comes back
+/// as it is.
+[[nodiscard]] std::string unmapped(std::string_view token);
+
+/// Appends the ends of the words that the pattern
+///   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+/// cuts `text` into, each plus `base`. The words cover the text without gaps.
+void split_words(std::string_view text, size_t base, std::vector<size_t>& ends);
+
+}  // namespace krait::byte_level
