@@ -1,0 +1,149 @@
+#include "kernels/cpu/plain.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/cpu/verb_checks.h"
+
+namespace krait {
+
+namespace {
+
+/// Element i of row r of an f32 matrix or view.
+float& at(const Tensor& t, int64_t r, int64_t i) { return t.as<float>()[r * t.row_stride + i]; }
+
+float silu(float v) { return v / (1.0F + std::exp(-v)); }
+
+float softplus(float v) { return v > 20.0F ? v : std::log1p(std::exp(v)); }
+
+/// acc[t, o] (+)= sum_i in[t, i] * W[o, i] (+ bias[o])
+void multiply(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias, bool add) {
+  visit_dtype(W.dtype, "linear: W", [&](auto element) {
+    const auto* weight = W.as<decltype(element)>();
+    for (int64_t t = 0; t < in.dim(0); ++t) {
+      for (int64_t o = 0; o < W.dim(0); ++o) {
+        float sum = 0;
+        for (int64_t i = 0; i < W.dim(1); ++i) {
+          sum += at(in, t, i) * static_cast<float>(weight[o * W.row_stride + i]);
+        }
+        if (bias) sum += bias.as<float>()[o];
+        at(out, t, o) = add ? at(out, t, o) + sum : sum;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void PlainOps::embed(const Tensor& residual, const Tensor& ids, const Tensor& table) {
+  cpu::check_embed(residual, ids, table);
+  visit_dtype(table.dtype, "embed: table", [&](auto element) {
+    for (int64_t t = 0; t < residual.dim(0); ++t) {
+      const auto* row = table.as<decltype(element)>() + ids.as<int32_t>()[t] * table.row_stride;
+      for (int64_t i = 0; i < residual.dim(1); ++i) at(residual, t, i) = static_cast<float>(row[i]);
+    }
+  });
+}
+
+void PlainOps::gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) {
+  cpu::check_gather_rows(out, src, index);
+  for (int64_t i = 0; i < out.dim(0); ++i) {
+    const Tensor from = src.rows(index.as<int32_t>()[i], 1);
+    std::memcpy(out.rows(i, 1).data, from.data, from.bytes());
+  }
+}
+
+void PlainOps::rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) {
+  cpu::check_rms_norm(out, x, weight);
+  const int64_t d = x.dim(1);
+  for (int64_t t = 0; t < x.dim(0); ++t) {
+    float squares = 0;
+    for (int64_t i = 0; i < d; ++i) squares += at(x, t, i) * at(x, t, i);
+    const float scale = 1.0F / std::sqrt(squares / static_cast<float>(d) + eps);
+    for (int64_t i = 0; i < d; ++i) at(out, t, i) = at(x, t, i) * scale * weight.as<float>()[i];
+  }
+}
+
+void PlainOps::linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) {
+  cpu::check_linear("linear", out, in, W, bias);
+  multiply(out, in, W, bias, false);
+}
+
+void PlainOps::linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
+                          const Tensor& bias) {
+  cpu::check_linear("linear_add", acc, in, W, bias);
+  multiply(acc, in, W, bias, true);
+}
+
+void PlainOps::conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight,
+                           const Tensor& bias, const Tensor& conv_state, const Batch& batch) {
+  cpu::check_conv1d_silu(out, u, weight, bias, conv_state, batch);
+  const int64_t d_inner = weight.dim(0);
+  const int64_t d_conv = weight.dim(1);
+  for (int64_t s = 0; s < batch.n_seq; ++s) {
+    const int32_t slot = batch.slot.as<int32_t>()[s];
+    if (slot < 0) continue;
+    const int64_t begin = batch.seq_start.as<int32_t>()[s];
+    const int64_t len = batch.seq_start.as<int32_t>()[s + 1] - begin;
+    float* state = conv_state.as<float>() + slot * (d_conv - 1) * d_inner;
+
+    // Input t of the sequence; t = -1 is the newest of the state, t = -(d_conv-1) the oldest.
+    const auto input = [&](int64_t t, int64_t e) {
+      return t >= 0 ? at(u, begin + t, e) : state[(t + d_conv - 1) * d_inner + e];
+    };
+    for (int64_t t = 0; t < len; ++t) {
+      for (int64_t e = 0; e < d_inner; ++e) {
+        float sum = bias ? bias.as<float>()[e] : 0.0F;
+        for (int64_t j = 0; j < d_conv; ++j) {
+          sum += at(weight, e, j) * input(t - (d_conv - 1) + j, e);
+        }
+        at(out, begin + t, e) = silu(sum);
+      }
+    }
+    // Upwards, because a short step moves what is left of the old state towards its beginning.
+    for (int64_t j = 0; j < d_conv - 1; ++j) {
+      for (int64_t e = 0; e < d_inner; ++e) {
+        state[j * d_inner + e] = input(len - (d_conv - 1) + j, e);
+      }
+    }
+  }
+}
+
+void PlainOps::selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
+                              const Batch& batch) {
+  cpu::check_selective_scan(y, in, ssm_state, batch);
+  const int64_t d_inner = in.A.dim(0);
+  const int64_t d_state = in.A.dim(1);
+  std::vector<float> h(static_cast<size_t>(d_state));
+  visit_dtype(ssm_state.dtype, "selective_scan: ssm_state", [&](auto element) {
+    using State = decltype(element);
+    for (int64_t s = 0; s < batch.n_seq; ++s) {
+      const int32_t slot = batch.slot.as<int32_t>()[s];
+      if (slot < 0) continue;
+      const int64_t begin = batch.seq_start.as<int32_t>()[s];
+      const int64_t end = batch.seq_start.as<int32_t>()[s + 1];
+      for (int64_t e = 0; e < d_inner; ++e) {
+        State* state = ssm_state.as<State>() + (slot * d_inner + e) * d_state;
+        for (int64_t n = 0; n < d_state; ++n) {
+          h[static_cast<size_t>(n)] = static_cast<float>(state[n]);
+        }
+        for (int64_t t = begin; t < end; ++t) {
+          const float x = at(in.x, t, e);
+          const float z = at(in.z, t, e);
+          const float dt = softplus(at(in.dt, t, e) + in.dt_bias.as<float>()[e]);
+          float sum = 0;
+          for (int64_t n = 0; n < d_state; ++n) {
+            float& hn = h[static_cast<size_t>(n)];
+            hn = std::exp(dt * at(in.A, e, n)) * hn + dt * at(in.B, t, n) * x;
+            sum += at(in.C, t, n) * hn;
+          }
+          at(y, t, e) = (sum + in.D.as<float>()[e] * x) * silu(z);
+        }
+        for (int64_t n = 0; n < d_state; ++n) state[n] = State(h[static_cast<size_t>(n)]);
+      }
+    }
+  });
+}
+
+}  // namespace krait
