@@ -1,0 +1,85 @@
+#include "cli/session.h"
+
+#include <spdlog/spdlog.h>
+
+#include <chrono>
+#include <cstdlib>
+
+#include "cli/console.h"
+
+namespace krait {
+
+namespace {
+
+Error no_tokenizer(const std::string& model) {
+  return {ErrorKind::file, fmt::format("{} has no tokenizer", model),
+          "give one with --tokenizer PATH, or work on ids with --ids and --print-ids"};
+}
+
+}  // namespace
+
+const Tokenizer& Session::require_tokenizer() const {
+  if (!tokenizer) throw no_tokenizer(source.name);
+  return *tokenizer;
+}
+
+std::unique_ptr<Ops> open_device(const DeviceFlags& flags) {
+  if (flags.device == "cpu" || (flags.device == "auto" && cuda_device_count() == 0)) {
+    return make_cpu_ops(flags.threads);
+  }
+  const size_t colon = flags.device.find(':');
+  const int index = colon == std::string::npos
+                        ? 0
+                        : std::atoi(flags.device.c_str() + colon + 1);  // checked by CLI
+  return make_cuda_ops(index);
+}
+
+Session open_session(const ModelFlags& model, const DeviceFlags& device,
+                     const CommonFlags& common) {
+  const auto start = std::chrono::steady_clock::now();
+  Session s;
+  s.source = find_model(model.model);
+  const ModelConfig config = read_config(s.source.folder / "config.json");
+  s.generation = read_generation_config(s.source.folder);
+  s.checkpoint = open_checkpoint(s.source.checkpoint);
+  s.ops = open_device(device);
+  {
+    ProgressBar bar("loading", !common.quiet);
+    s.model = load_model(config, *s.checkpoint, *s.ops, device.weight_dtype(),
+                         [&](size_t done, size_t total) { bar.update(done, total); });
+  }
+  s.tokenizer = find_tokenizer(s.source, s.model->config(), model.tokenizer);
+  s.load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  spdlog::debug("{}: {}, {} parameters, {} on {}, {}; loaded in {:.2f} s", s.source.name,
+                s.model->config().family, s.model->parameter_count(),
+                dtype_name(s.model->weight_dtype()), s.ops->info().name,
+                s.tokenizer ? s.tokenizer->description() : "no tokenizer", s.load_seconds);
+  return s;
+}
+
+std::vector<int32_t> prompt_ids(const Session& session, const Prompt& prompt) {
+  std::vector<int32_t> ids = prompt.ids;
+  if (prompt.text) {
+    ids = session.require_tokenizer().encode(*prompt.text, {.add_special = true});
+    if (ids.empty()) {
+      const auto start =
+          start_of_text_id(session.generation, session.model->config(), session.tokenizer.get());
+      if (!start) {
+        throw Error(ErrorKind::usage,
+                    "the prompt is empty, and the model names no token to start a text from");
+      }
+      ids.push_back(*start);
+    }
+  }
+  const int64_t vocab = session.model->config().vocab_size;
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= vocab) {
+      throw Error(ErrorKind::usage,
+                  fmt::format("token id {} is outside the model's vocabulary of {}", id, vocab),
+                  prompt.text ? "the tokenizer does not belong to this model" : "");
+    }
+  }
+  return ids;
+}
+
+}  // namespace krait
