@@ -46,7 +46,7 @@ int parse_and_run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
     const std::vector<CLI::App*> chosen = app.get_subcommands();
-    write_stdout(chosen.empty() ? app.help() : chosen.front()->help());
+    write_stdout(chosen.empty() ? app.help() : chosen.front()->help("krait"));
     return 0;
   } catch (const CLI::CallForVersion& v) {
     write_stdout(std::string(v.what()) + "\n");
