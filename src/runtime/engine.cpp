@@ -64,7 +64,7 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
       {"next_id", {o.n_slot}, DType::i32},
       {"seen", {n_penalty, o.max_seen_window}, DType::i32},
       {"seen_len", {o.n_slot}, DType::i64},
-      {"counts", {n_penalty, c.vocab_size}, DType::i32},
+      {"counts", {n_penalty, o.vocab_limit}, DType::i32},
       {"bias_id", {o.n_slot, o.max_bias}, DType::i32},
       {"bias_value", {o.n_slot, o.max_bias}, DType::f32},
   };
@@ -225,13 +225,16 @@ struct Engine::Impl {
     const int64_t ring_length = sampling.seen.dim(1);
     const int64_t window = sampling::window_length(s.params.repeat_last_n, ring_length);
     std::vector<int32_t> ring(static_cast<size_t>(ring_length));
-    std::vector<int32_t> counts(static_cast<size_t>(c.vocab_size));
+    std::vector<int32_t> counts(static_cast<size_t>(options.vocab_limit));
     int64_t length = 0;
     if (s.n_fed > 0) {
       op.download(ring.data(), sampling.seen.rows(slot, 1).data, ring.size() * sizeof(int32_t));
       op.download(&length, sampling.seen_len.rows(slot, 1).data, sizeof length);
     }
-    for (const int32_t id : ids) ring[static_cast<size_t>(length++ % ring_length)] = id;
+    for (const int32_t id : ids) {
+      if (id >= options.vocab_limit) continue;  // never sampled, so never penalised
+      ring[static_cast<size_t>(length++ % ring_length)] = id;
+    }
     for (int64_t n = std::max<int64_t>(0, length - window); n < length; ++n) {
       ++counts[static_cast<size_t>(ring[static_cast<size_t>(n % ring_length)])];
     }
@@ -286,10 +289,10 @@ void Engine::open(int slot, const SampleParams& params, const LogitBias& bias) {
                 fmt::format("{} logit biases, expected at most {}", bias.size(), o.max_bias));
   }
   for (const auto& [id, value] : bias) {
-    if (id < 0 || id >= e.c.vocab_size) {
+    if (id < 0 || id >= o.vocab_limit) {
       throw Error(ErrorKind::usage,
                   fmt::format("logit bias: the token id {} is outside of the vocabulary of {}", id,
-                              e.c.vocab_size));
+                              o.vocab_limit));
     }
   }
   if (has_penalties(params) && !e.sampling.counts) {
