@@ -1,0 +1,173 @@
+// linear and linear_add: every backend against the definition, the definition against float64.
+#include "ops/ops_test_util.h"
+
+namespace krait::test {
+namespace {
+
+struct LinearCase {
+  std::string name;
+  int64_t n = 5;
+  int64_t n_in = 67;
+  int64_t n_out = 43;
+  DType weights = DType::f32;
+  bool bias = false;
+  bool strided = false;
+  bool f32_out = false;
+};
+
+void PrintTo(const LinearCase& c, std::ostream* os) { *os << c.name; }
+
+std::vector<LinearCase> linear_cases() {
+  std::vector<LinearCase> cases;
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    const std::string type(dtype_name(t));
+    const LinearCase base{.name = type, .weights = t};
+    const auto vary = [&](const std::string& what, auto&& set) {
+      LinearCase c = base;
+      set(c);
+      c.name += "_" + what;
+      cases.push_back(c);
+    };
+    vary("base", [](LinearCase&) {});
+    // Around the tiles: rows of the input, outputs, and the length of the sum.
+    for (const int64_t n : {1, 2, 3, 4, 6, 7, 8, 9, 12, 13, 16, 17, 31, 33, 65, 130}) {
+      vary(fmt::format("n{}", n), [&](LinearCase& c) { c.n = n; });
+    }
+    for (const int64_t n : {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 127, 129, 257}) {
+      vary(fmt::format("out{}", n), [&](LinearCase& c) { c.n_out = n; });
+    }
+    for (const int64_t n : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 127, 1025}) {
+      vary(fmt::format("in{}", n), [&](LinearCase& c) { c.n_in = n; });
+    }
+    vary("bias", [](LinearCase& c) { c.bias = true; });
+    vary("strided", [](LinearCase& c) { c.strided = true; });
+    vary("strided_n1", [](LinearCase& c) { c.strided = true, c.n = 1; });
+    vary("f32_out", [](LinearCase& c) { c.f32_out = true; });
+    vary("f32_out_bias", [](LinearCase& c) { c.f32_out = c.bias = true; });
+    vary("decode", [](LinearCase& c) { c.n = 1, c.n_in = 768, c.n_out = 3072; });
+    vary("prefill", [](LinearCase& c) { c.n = 150, c.n_in = 768, c.n_out = 515; });
+  }
+  return cases;
+}
+
+struct LinearData {
+  Values in, weight, bias, acc;
+};
+
+LinearData linear_data(const LinearCase& c, DType activation) {
+  Random r(7);
+  LinearData d;
+  d.in = rounded(r.uniform(c.n * c.n_in, -1, 1), activation);
+  d.weight = rounded(r.uniform(c.n_out * c.n_in, -1, 1), c.weights);
+  d.bias = r.uniform(c.n_out, -1, 1);
+  d.acc = r.uniform(c.n * c.n_out, -1, 1);
+  return d;
+}
+
+/// Runs on `b`; `activation` is the type of `in` and, unless f32_out, of `out` there.
+Values run_linear(Backend b, const LinearCase& c, const LinearData& d, bool add) {
+  Device device(b);
+  const DType T = device.op.activation_dtype(c.weights);
+  const DType out_type = c.f32_out || add ? DType::f32 : T;
+  const int64_t gap = c.strided ? 8 : 0;
+  const Tensor in = device.view(d.in, {c.n, c.n_in}, T, 2 * gap, gap);
+  const Tensor W = device.tensor(d.weight, {c.n_out, c.n_in}, c.weights);
+  const Tensor bias = c.bias ? device.tensor(d.bias, {c.n_out}) : Tensor{};
+  if (add) {
+    const Tensor acc = device.tensor(d.acc, {c.n, c.n_out});
+    device.op.linear_add(acc, in, W, bias);
+    return device.read(acc);
+  }
+  const Tensor wide = device.filled(kNan, {c.n, c.n_out + 3 * gap}, out_type);
+  const Tensor out = wide.columns(gap, c.n_out);
+  device.op.linear(out, in, W, bias);
+  if (c.strided) {  // what lies beside the view stays
+    EXPECT_TRUE(all_nan(device.read(wide.columns(0, gap))));
+    EXPECT_TRUE(all_nan(device.read(wide.columns(gap + c.n_out, 2 * gap))));
+  }
+  return device.read(out);
+}
+
+class Linear : public ::testing::TestWithParam<std::tuple<Backend, LinearCase>> {};
+
+TEST_P(Linear, EqualsDefinition) {
+  const auto& [backend, c] = GetParam();
+  const DType T = ops(backend).activation_dtype(c.weights);
+  const LinearData d = linear_data(c, T);
+  // Products of up to n_in terms: their error in f32 grows with the root of the number of terms.
+  const double scale = 4 * std::sqrt(static_cast<double>(c.n_in)) / 8;
+  const double f32_limit = tolerance(DType::f32) * std::max(1.0, scale);
+  const double limit = c.f32_out ? f32_limit : std::max(f32_limit, tolerance(T));
+  EXPECT_TRUE(
+      close_to(run_linear(backend, c, d, false), run_linear(Backend::plain, c, d, false), limit));
+  EXPECT_TRUE(
+      close_to(run_linear(backend, c, d, true), run_linear(Backend::plain, c, d, true), f32_limit));
+}
+
+OPS_TEST_BACKENDS(Linear, ::testing::ValuesIn(linear_cases()));
+
+TEST(LinearDefinition, IsTheProductWithTheTransposedWeight) {
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    const LinearCase c{.name = "oracle", .weights = t, .bias = true, .strided = true};
+    const LinearData d = linear_data(c, DType::f32);
+    Values want;
+    Values want_acc;
+    for (int64_t r = 0; r < c.n; ++r) {
+      for (int64_t o = 0; o < c.n_out; ++o) {
+        double sum = d.bias[static_cast<size_t>(o)];
+        for (int64_t i = 0; i < c.n_in; ++i) {
+          sum += static_cast<double>(d.in[static_cast<size_t>(r * c.n_in + i)]) *
+                 static_cast<double>(d.weight[static_cast<size_t>(o * c.n_in + i)]);
+        }
+        want.push_back(static_cast<float>(sum));
+        want_acc.push_back(static_cast<float>(sum + d.acc[static_cast<size_t>(r * c.n_out + o)]));
+      }
+    }
+    EXPECT_TRUE(near_std(run_linear(Backend::plain, c, d, false), want, 1e-5));
+    EXPECT_TRUE(near_std(run_linear(Backend::plain, c, d, true), want_acc, 1e-5));
+  }
+}
+
+// A token's result does not depend on the tokens beside it: on the CPU to the last bit, so that a
+// prompt may be cut anywhere.
+TEST(LinearCpu, RowsDoNotDependOnTheirBatch) {
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    LinearCase c{.name = "rows", .n = 133, .n_in = 391, .n_out = 77, .weights = t};
+    const LinearData d = linear_data(c, DType::f32);
+    const Values whole = run_linear(Backend::fast, c, d, false);
+    for (const int64_t part : {1, 2, 3, 5, 8, 61}) {
+      Values joined;
+      for (int64_t begin = 0; begin < 133; begin += part) {
+        LinearData some = d;
+        c.n = std::min<int64_t>(part, 133 - begin);
+        some.in = rows(d.in, begin, begin + c.n, c.n_in);
+        append(joined, run_linear(Backend::fast, c, some, false));
+      }
+      EXPECT_TRUE(same_bits(joined, whole)) << dtype_name(t) << ", parts of " << part;
+    }
+  }
+}
+
+TEST(LinearCpu, WrongShapesAreRefused) {
+  for (const Backend b : {Backend::plain, Backend::fast}) {
+    Device d(b);
+    const Tensor in = d.filled(1, {3, 5});
+    const Tensor W = d.filled(1, {7, 5});
+    const Tensor out = d.filled(0, {3, 7});
+    d.op.linear(out, in, W, {});
+    EXPECT_TRUE(throws(ErrorKind::runtime, "W: expected [6, 5], found [7, 5] f32", [&] {
+      d.op.linear(d.filled(0, {3, 6}), in, W, {});
+    }));
+    EXPECT_TRUE(throws(ErrorKind::runtime, "out", [&] {
+      d.op.linear(d.filled(0, {2, 7}), in, W, {});
+    }));
+    EXPECT_TRUE(throws(ErrorKind::runtime, "without memory", [&] {
+      d.op.linear_add(Tensor(nullptr, DType::f32, {3, 7}), in, W, {});
+    }));
+    EXPECT_TRUE(
+        throws(ErrorKind::runtime, "bias", [&] { d.op.linear(out, in, W, d.filled(0, {6})); }));
+  }
+}
+
+}  // namespace
+}  // namespace krait::test

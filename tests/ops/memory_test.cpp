@@ -1,0 +1,111 @@
+// Memory and weights: what a backend hands out, copies, converts and refuses.
+#include "ops/ops_test_util.h"
+
+namespace krait::test {
+namespace {
+
+class Memory : public ::testing::TestWithParam<Backend> {};
+
+INSTANTIATE_TEST_SUITE_P(Plain, Memory, ::testing::Values(Backend::plain));
+INSTANTIATE_TEST_SUITE_P(Cpu, Memory, ::testing::Values(Backend::fast));
+INSTANTIATE_TEST_SUITE_P(Gpu, Memory, ::testing::Values(Backend::gpu));
+
+TEST_P(Memory, IsAlignedAndCopied) {
+  Ops& op = ops(GetParam());
+  const Buffer a = op.allocate(1001, "a");
+  const Buffer b = op.allocate(1001, "b");
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(a.data()) % 256, 0U);
+  EXPECT_EQ(a.bytes(), 1001U);
+  std::vector<uint8_t> bytes(1001);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 7);
+  op.upload(a.data(), bytes.data(), bytes.size());
+  op.zero(b.data(), 1001);
+  op.copy(b.data(), a.data(), 1000);
+  std::vector<uint8_t> back(1001, 1);
+  op.download(back.data(), b.data(), 1001);
+  bytes[1000] = 0;
+  EXPECT_EQ(back, bytes);
+}
+
+TEST_P(Memory, NothingIsABuffer) {
+  Ops& op = ops(GetParam());
+  const Buffer none = op.allocate(0, "nothing");
+  op.zero(none.data(), 0);
+  op.upload(none.data(), nullptr, 0);
+}
+
+TEST_P(Memory, TooMuchIsRefusedWithTheNumbers) {
+  Ops& op = ops(GetParam());
+  EXPECT_TRUE(throws(ErrorKind::device, "1125899906842624",
+                     [&] { (void)op.allocate(size_t{1} << 50, "the moon"); }));
+  EXPECT_TRUE(throws(ErrorKind::device, "the moon",
+                     [&] { (void)op.allocate(size_t{1} << 50, "the moon"); }));
+}
+
+TEST_P(Memory, InfoNamesTheDevice) {
+  const DeviceInfo info = ops(GetParam()).info();
+  EXPECT_FALSE(info.name.empty());
+  EXPECT_GT(info.memory_total, size_t{1} << 28);
+  EXPECT_GT(info.memory_free, 0U);
+  EXPECT_LE(info.memory_free, info.memory_total);
+}
+
+TEST_P(Memory, WeightsOfEveryTypeBecomeEveryType) {
+  Ops& op = ops(GetParam());
+  Random r(3);
+  // Longer than a staging block, and not a multiple of anything.
+  const int64_t n = 70001;
+  const Values values = r.uniform(n, -100, 100);
+  std::deque<std::vector<std::byte>> files;
+  std::vector<std::tuple<Tensor, DType, DType>> imported;
+  for (const DType from : {DType::f32, DType::bf16, DType::f16}) {
+    for (const DType to : {DType::f32, DType::bf16, DType::f16}) {
+      for (const size_t offset : {0, 1, 2, 6}) {  // a file may put a tensor anywhere
+        std::vector<std::byte>& file = files.emplace_back(n * itemsize(from) + 8);
+        visit_dtype(from, "test", [&](auto e) {
+          for (size_t i = 0; i < values.size(); ++i) {
+            const decltype(e) v(values[i]);
+            std::memcpy(file.data() + offset + i * sizeof(v), &v, sizeof(v));
+          }
+        });
+        imported.emplace_back(op.import_weight(Tensor(file.data() + offset, from, {n}), to), from,
+                              to);
+      }
+    }
+  }
+  op.weights_ready();
+  Device d(GetParam());
+  for (const auto& [t, from, to] : imported) {
+    EXPECT_EQ(t.dtype, to);
+    EXPECT_TRUE(same_bits(d.read(t), rounded(rounded(values, from), to)))
+        << dtype_name(from) << " to " << dtype_name(to);
+  }
+}
+
+TEST_P(Memory, IntegersAreNoWeights) {
+  std::vector<int32_t> host(4);
+  EXPECT_TRUE(throws(ErrorKind::unsupported, "i32", [&] {
+    (void)ops(GetParam()).import_weight(Tensor(host.data(), DType::i32, {4}), DType::f32);
+  }));
+}
+
+TEST(MemoryCpu, AWeightOfTheRightTypeIsAView) {
+  for (const Backend b : {Backend::plain, Backend::fast}) {
+    alignas(8) std::byte host[64] = {};
+    EXPECT_EQ(ops(b).import_weight(Tensor(host, DType::f32, {4}), DType::f32).data, host);
+    EXPECT_EQ(ops(b).import_weight(Tensor(host + 2, DType::bf16, {4}), DType::bf16).data, host + 2);
+    EXPECT_NE(ops(b).import_weight(Tensor(host + 2, DType::f32, {4}), DType::f32).data, host + 2);
+    EXPECT_NE(ops(b).import_weight(Tensor(host, DType::f32, {4}), DType::bf16).data, host);
+  }
+}
+
+TEST(MemoryCuda, IsAnErrorWhereThereIsNone) {
+  if (cuda_device_count() > 0) {
+    EXPECT_TRUE(throws(ErrorKind::device, "", [] { (void)make_cuda_ops(cuda_device_count()); }));
+  } else {
+    EXPECT_TRUE(throws(ErrorKind::device, "CUDA", [] { (void)make_cuda_ops(0); }));
+  }
+}
+
+}  // namespace
+}  // namespace krait::test

@@ -1,0 +1,108 @@
+// The verbs on single rows: embed, gather_rows, rms_norm.
+#include "ops/ops_test_util.h"
+
+namespace krait::test {
+namespace {
+
+struct RowCase {
+  std::string name;
+  int64_t n = 5;
+  int64_t d = 67;
+  DType weights = DType::f32;
+  bool f32_out = false;
+  float scale = 1;
+};
+
+void PrintTo(const RowCase& c, std::ostream* os) { *os << c.name; }
+
+std::vector<RowCase> row_cases() {
+  std::vector<RowCase> cases;
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    const std::string type(dtype_name(t));
+    for (const int64_t n : {1, 2, 33}) {
+      cases.push_back({.name = fmt::format("{}_n{}", type, n), .n = n, .weights = t});
+    }
+    for (const int64_t d : {1, 2, 7, 16, 31, 64, 129, 768, 1025, 2560, 8192}) {
+      cases.push_back({.name = fmt::format("{}_d{}", type, d), .d = d, .weights = t});
+    }
+    cases.push_back({.name = type + "_f32_out", .weights = t, .f32_out = true});
+    // eps matters in the first, must not in the second, and squares must not overflow in it.
+    cases.push_back({.name = type + "_tiny", .weights = t, .scale = 1e-3F});
+    cases.push_back({.name = type + "_huge", .weights = t, .scale = 1e15F});
+  }
+  return cases;
+}
+
+class Rows : public ::testing::TestWithParam<std::tuple<Backend, RowCase>> {};
+
+TEST_P(Rows, RmsNormEqualsDefinition) {
+  const auto& [backend, c] = GetParam();
+  Random r(11);
+  const Values x = r.uniform(c.n * c.d, -c.scale, c.scale);
+  const Values w = r.uniform(c.d, -2, 2);
+  const auto run = [&](Backend b) {
+    Device d(b);
+    const DType T = c.f32_out ? DType::f32 : d.op.activation_dtype(c.weights);
+    const Tensor out = d.filled(kNan, {c.n, c.d}, T);
+    d.op.rms_norm(out, d.tensor(x, {c.n, c.d}), d.tensor(w, {c.d}), 1e-5F);
+    return d.read(out);
+  };
+  const DType T = c.f32_out ? DType::f32 : ops(backend).activation_dtype(c.weights);
+  EXPECT_TRUE(near_std(run(backend), run(Backend::plain), tolerance(T)));
+}
+
+TEST_P(Rows, EmbedEqualsTheRowsOfTheTable) {
+  const auto& [backend, c] = GetParam();
+  constexpr int64_t kVocab = 19;
+  Random r(12);
+  const Values table = rounded(r.uniform(kVocab * c.d, -1, 1), c.weights);
+  Device d(backend);
+  const Tensor residual = d.filled(kNan, {c.n, c.d});
+  std::vector<int32_t> ids{0, kVocab - 1};
+  while (std::ssize(ids) < c.n) ids.push_back(r.below(kVocab));
+  ids.resize(static_cast<size_t>(c.n));
+  d.op.embed(residual, d.ints(ids), d.tensor(table, {kVocab, c.d}, c.weights));
+  Values want;
+  for (const int32_t id : ids) append(want, rows(table, id, id + 1, c.d));
+  EXPECT_TRUE(same_bits(d.read(residual), want));
+}
+
+TEST_P(Rows, GatherCopiesRows) {
+  const auto& [backend, c] = GetParam();
+  constexpr int64_t kRows = 9;
+  Random r(13);
+  Device d(backend);
+  const DType T = c.f32_out ? DType::f32 : d.op.activation_dtype(c.weights);
+  const Values src = rounded(r.uniform(kRows * c.d, -1, 1), T);
+  const Tensor out = d.filled(kNan, {c.n, c.d}, T);
+  std::vector<int32_t> index{kRows - 1, 0};
+  while (std::ssize(index) < c.n) index.push_back(r.below(kRows));
+  index.resize(static_cast<size_t>(c.n));
+  d.op.gather_rows(out, d.tensor(src, {kRows, c.d}, T), d.ints(index));
+  Values want;
+  for (const int32_t i : index) append(want, rows(src, i, i + 1, c.d));
+  EXPECT_TRUE(same_bits(d.read(out), want));
+}
+
+OPS_TEST_ALL_BACKENDS(Rows, ::testing::ValuesIn(row_cases()));
+
+TEST(RmsNormDefinition, DividesByTheRootOfTheMeanSquare) {
+  Random r(14);
+  const Values x = r.uniform(3 * 41, -2, 2);
+  const Values w = r.uniform(41, -2, 2);
+  Values want;
+  for (size_t t = 0; t < 3; ++t) {
+    double mean = 0;
+    for (size_t i = 0; i < 41; ++i) mean += std::pow(static_cast<double>(x[t * 41 + i]), 2) / 41;
+    for (size_t i = 0; i < 41; ++i) {
+      want.push_back(static_cast<float>(x[t * 41 + i] / std::sqrt(mean + 0.5) * w[i]));
+    }
+  }
+  Device d(Backend::plain);
+  const Tensor out = d.filled(kNan, {3, 41});
+  d.op.rms_norm(out, d.tensor(x, {3, 41}), d.tensor(w, {41}), 0.5F);
+  EXPECT_TRUE(near_std(d.read(out), want, 1e-6));
+}
+
+}  // namespace
+}  // namespace krait::test

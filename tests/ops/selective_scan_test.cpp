@@ -1,0 +1,360 @@
+// selective_scan: every backend against the definition and, over many lengths, against a float64
+// loop; state types, extreme inputs, and what must hold however a text is cut into steps.
+#include "ops/ops_test_util.h"
+
+namespace krait::test {
+namespace {
+
+constexpr int32_t kSlots = 6;
+
+struct ScanCase {
+  std::string name;
+  int64_t d_inner = 37;
+  int64_t d_state = 16;
+  std::vector<int32_t> lengths{11};
+  std::vector<int32_t> slots{1};
+  DType weights = DType::f32;
+  DType state = DType::f32;
+  enum class In { separate, y_is_x, y_is_dt } in = In::separate;
+};
+
+void PrintTo(const ScanCase& c, std::ostream* os) { *os << c.name; }
+
+struct ScanData {
+  Values x, dt, A, B, C, D, z, dt_bias, state;
+};
+
+int64_t count_tokens(const ScanCase& c) {
+  int64_t n = 0;
+  for (const int32_t l : c.lengths) n += l;
+  return n;
+}
+
+ScanData scan_data(const ScanCase& c, DType T) {
+  Random r(31);
+  const int64_t n_tok = count_tokens(c);
+  ScanData d;
+  d.x = rounded(r.uniform(n_tok * c.d_inner, -1, 1), T);
+  d.dt = rounded(r.uniform(n_tok * c.d_inner, -1, 1), T);
+  for (int64_t e = 0; e < c.d_inner; ++e) {  // A = -(1 .. d_state), as models begin, a little off
+    for (int64_t n = 0; n < c.d_state; ++n) {
+      d.A.push_back(-static_cast<float>(n + 1) * r.uniform(0.5F, 1.5F));
+    }
+  }
+  d.B = rounded(r.uniform(n_tok * c.d_state, -1, 1), T);
+  d.C = rounded(r.uniform(n_tok * c.d_state, -1, 1), T);
+  d.D = r.uniform(c.d_inner, -1, 1);
+  d.z = rounded(r.uniform(n_tok * c.d_inner, -2, 2), T);
+  d.dt_bias = r.uniform(c.d_inner, -5, -2);  // softplus: steps of 0.002 .. 0.3
+  d.state = rounded(r.uniform(kSlots * c.d_inner * c.d_state, -1, 1), c.state);
+  const int64_t width = c.d_inner * c.d_state;
+  for (int32_t s = 0; s < kSlots; ++s) {
+    if (std::find(c.slots.begin(), c.slots.end(), s) != c.slots.end()) continue;
+    std::fill_n(d.state.begin() + s * width, width, kNan);
+  }
+  return d;
+}
+
+struct ScanResult {
+  Values y, state;
+};
+
+ScanResult run_scan(Backend b, const ScanCase& c, const ScanData& data) {
+  Device d(b);
+  const DType T = d.op.activation_dtype(c.weights);
+  const Batch batch = d.batch(c.lengths, c.slots);
+  const Shape wide{batch.n_tok, c.d_inner};
+  const Shape narrow{batch.n_tok, c.d_state};
+  ScanInputs in;
+  in.x = d.tensor(data.x, wide, T);
+  in.dt = d.tensor(data.dt, wide, T);
+  in.A = d.tensor(data.A, {c.d_inner, c.d_state});
+  in.B = d.view(data.B, narrow, T, 5, 3);
+  in.C = d.view(data.C, narrow, T, 7, 2);
+  in.D = d.tensor(data.D, {c.d_inner});
+  in.z = d.view(data.z, wide, T, 16, 8);
+  in.dt_bias = d.tensor(data.dt_bias, {c.d_inner});
+  const Tensor y = c.in == ScanCase::In::y_is_x    ? in.x
+                   : c.in == ScanCase::In::y_is_dt ? in.dt
+                                                   : d.filled(kNan, wide, T);
+  const Tensor state = d.tensor(data.state, {kSlots, c.d_inner, c.d_state}, c.state);
+  d.op.selective_scan(y, in, state, batch);
+  return {d.read(y), d.read(state)};
+}
+
+/// The recurrence in float64, token by token; the state is rounded once, at the end.
+ScanResult oracle(const ScanCase& c, const ScanData& d) {
+  const auto at = [](const Values& v, int64_t i) {
+    return static_cast<double>(v[static_cast<size_t>(i)]);
+  };
+  ScanResult r{Values(d.x.size(), kNan), d.state};
+  int64_t begin = 0;
+  for (size_t s = 0; s < c.lengths.size(); ++s) {
+    const int64_t end = begin + c.lengths[s];
+    for (int64_t e = 0; e < c.d_inner && c.slots[s] >= 0; ++e) {
+      const int64_t h0 = (c.slots[s] * c.d_inner + e) * c.d_state;
+      std::vector<double> h;
+      for (int64_t n = 0; n < c.d_state; ++n) h.push_back(at(d.state, h0 + n));
+      for (int64_t t = begin; t < end; ++t) {
+        const double v = at(d.dt, t * c.d_inner + e) + at(d.dt_bias, e);
+        const double dt = v > 20 ? v : std::log1p(std::exp(v));
+        const double x = at(d.x, t * c.d_inner + e);
+        const double z = at(d.z, t * c.d_inner + e);
+        double y = at(d.D, e) * x;
+        for (int64_t n = 0; n < c.d_state; ++n) {
+          double& hn = h[static_cast<size_t>(n)];
+          hn = std::exp(dt * at(d.A, e * c.d_state + n)) * hn + dt * at(d.B, t * c.d_state + n) * x;
+          y += at(d.C, t * c.d_state + n) * hn;
+        }
+        r.y[static_cast<size_t>(t * c.d_inner + e)] =
+            static_cast<float>(y * z / (1 + std::exp(-z)));
+      }
+      for (int64_t n = 0; n < c.d_state; ++n) {
+        r.state[static_cast<size_t>(h0 + n)] =
+            rounded(static_cast<float>(h[static_cast<size_t>(n)]), c.state);
+      }
+    }
+    begin = end;
+  }
+  return r;
+}
+
+/// Compares what belongs to used slots, and sees that the rest was left alone.
+void expect_near(const ScanCase& c, const ScanData& data, const ScanResult& got,
+                 const ScanResult& want, double y_limit, double state_limit) {
+  Values got_y, want_y, got_h, want_h;
+  const int64_t width = c.d_inner * c.d_state;
+  int64_t begin = 0;
+  for (size_t s = 0; s < c.lengths.size(); ++s) {
+    const int64_t end = begin + c.lengths[s];
+    if (c.slots[s] >= 0) {
+      append(got_y, rows(got.y, begin, end, c.d_inner));
+      append(want_y, rows(want.y, begin, end, c.d_inner));
+      append(got_h, rows(got.state, c.slots[s], c.slots[s] + 1, width));
+      append(want_h, rows(want.state, c.slots[s], c.slots[s] + 1, width));
+    } else if (c.in == ScanCase::In::separate) {
+      EXPECT_TRUE(all_nan(rows(got.y, begin, end, c.d_inner))) << "a padding row was written";
+    }
+    begin = end;
+  }
+  for (int32_t s = 0; s < kSlots; ++s) {
+    if (std::find(c.slots.begin(), c.slots.end(), s) == c.slots.end()) {
+      EXPECT_TRUE(same_bits(rows(got.state, s, s + 1, width), rows(data.state, s, s + 1, width)))
+          << "free slot " << s << " was written";
+    }
+  }
+  EXPECT_TRUE(close_to(got_y, want_y, y_limit));
+  EXPECT_TRUE(close_to(got_h, want_h, state_limit));
+}
+
+/// A rounded state may round the other way where the two differ in the last bits of f32.
+double state_tolerance(DType state) { return state == DType::f32 ? 1e-5 : tolerance(state); }
+
+std::vector<ScanCase> scan_cases() {
+  std::vector<ScanCase> cases;
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    const ScanCase base{.name = std::string(dtype_name(t)), .weights = t};
+    const auto vary = [&](const std::string& what, auto&& set) {
+      ScanCase c = base;
+      set(c);
+      c.name += "_" + what;
+      cases.push_back(c);
+    };
+    vary("base", [](ScanCase&) {});
+    for (const int64_t d : {1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 129, 1536}) {
+      vary(fmt::format("d{}", d), [&](ScanCase& c) { c.d_inner = d; });
+    }
+    for (const int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 32, 33, 64, 100, 128, 255, 256}) {
+      vary(fmt::format("state{}", n), [&](ScanCase& c) { c.d_state = n; });
+      vary(fmt::format("state{}_decode", n), [&](ScanCase& c) {
+        c.d_state = n, c.lengths = {1, 1}, c.slots = {3, 0};
+      });
+    }
+    for (const DType s : {DType::bf16, DType::f16}) {
+      vary(fmt::format("h{}", dtype_name(s)), [&](ScanCase& c) { c.state = s; });
+      vary(fmt::format("h{}_decode", dtype_name(s)), [&](ScanCase& c) {
+        c.state = s, c.lengths = {1, 1, 1}, c.slots = {5, 1, 0};
+      });
+      vary(fmt::format("h{}_state5", dtype_name(s)),
+           [&](ScanCase& c) { c.state = s, c.d_state = 5; });
+    }
+    vary("decode", [](ScanCase& c) { c.lengths = {1, 1, 1, 1}, c.slots = {4, 0, 3, 1}; });
+    vary("ragged", [](ScanCase& c) { c.lengths = {5, 1, 40, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
+    vary("padding", [](ScanCase& c) { c.lengths = {5, 2, 3, 1}, c.slots = {4, -1, 0, -1}; });
+    vary("decode_padding", [](ScanCase& c) { c.lengths = {1, 1, 1}, c.slots = {4, -1, 0}; });
+    vary("empty", [](ScanCase& c) { c.lengths = {2, 0, 3}, c.slots = {1, 0, 2}; });
+    vary("y_is_x", [](ScanCase& c) { c.in = ScanCase::In::y_is_x; });
+    vary("y_is_dt", [](ScanCase& c) { c.in = ScanCase::In::y_is_dt; });
+    vary("y_is_dt_decode", [](ScanCase& c) { c.in = ScanCase::In::y_is_dt, c.lengths = {1}; });
+  }
+  return cases;
+}
+
+class SelectiveScan : public ::testing::TestWithParam<std::tuple<Backend, ScanCase>> {};
+
+TEST_P(SelectiveScan, EqualsDefinition) {
+  const auto& [backend, c] = GetParam();
+  const DType T = ops(backend).activation_dtype(c.weights);
+  const ScanData data = scan_data(c, T);
+  expect_near(c, data, run_scan(backend, c, data), run_scan(Backend::plain, c, data), tolerance(T),
+              state_tolerance(c.state));
+}
+
+OPS_TEST_BACKENDS(SelectiveScan, ::testing::ValuesIn(scan_cases()));
+
+std::vector<ScanCase> length_cases() {
+  std::vector<ScanCase> cases;
+  for (const int32_t n :
+       {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049}) {
+    cases.push_back({.name = fmt::format("L{}", n), .d_inner = 19, .lengths = {n}});
+    cases.push_back(
+        {.name = fmt::format("L{}_state7", n), .d_inner = 5, .d_state = 7, .lengths = {n}});
+  }
+  return cases;
+}
+
+class ScanLength : public ::testing::TestWithParam<std::tuple<Backend, ScanCase>> {};
+
+TEST_P(ScanLength, EqualsFloat64) {
+  const auto& [backend, c] = GetParam();
+  const ScanData data = scan_data(c, DType::f32);
+  expect_near(c, data, run_scan(backend, c, data), oracle(c, data), 1e-5, 1e-5);
+}
+
+OPS_TEST_ALL_BACKENDS(ScanLength, ::testing::ValuesIn(length_cases()));
+
+struct RangeCase {
+  std::string name;
+  float dt = 0;     ///< before softplus
+  float decay = 0;  ///< exp(dt * A); 0: A as in scan_data
+};
+
+void PrintTo(const RangeCase& c, std::ostream* os) { *os << c.name; }
+
+std::vector<RangeCase> range_cases() {
+  return {{"dt_m100", -100},      {"dt_m20", -20},        {"dt_0", 0},
+          {"dt_20", 20},          {"dt_20_001", 20.001F}, {"dt_100", 100},
+          {"slow", 0, 1 - 1e-6F}, {"half", 0, 0.5F},      {"fast", 0, 1e-6F}};
+}
+
+class ScanRange : public ::testing::TestWithParam<std::tuple<Backend, RangeCase>> {};
+
+TEST_P(ScanRange, EqualsFloat64) {
+  const auto& [backend, range] = GetParam();
+  const ScanCase c{.name = "range", .lengths = {300}};
+  ScanData data = scan_data(c, DType::f32);
+  std::fill(data.dt.begin(), data.dt.end(), range.dt);
+  std::fill(data.dt_bias.begin(), data.dt_bias.end(), 0.0F);
+  if (range.decay > 0) {
+    const double dt = std::log1p(std::exp(static_cast<double>(range.dt)));
+    std::fill(data.A.begin(), data.A.end(),
+              static_cast<float>(std::log(static_cast<double>(range.decay)) / dt));
+  }
+  // A decay next to 1 has an error of up to 6e-8, which 300 tokens add up.
+  expect_near(c, data, run_scan(backend, c, data), oracle(c, data), 1e-4, 1e-4);
+}
+
+OPS_TEST_ALL_BACKENDS(ScanRange, ::testing::ValuesIn(range_cases()));
+
+struct CutCase {
+  std::string name;
+  int32_t length = 9;
+  std::vector<int32_t> cuts;  ///< first parts
+  DType weights = DType::f32;
+};
+
+void PrintTo(const CutCase& c, std::ostream* os) { *os << c.name; }
+
+std::vector<CutCase> cut_cases() {
+  std::vector<CutCase> cases;
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    const std::string type(dtype_name(t));
+    cases.push_back({type + "_short", 9, {1, 2, 3, 4, 5, 8}, t});
+    cases.push_back({type + "_long", 300, {1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 299}, t});
+  }
+  return cases;
+}
+
+class ScanCuts : public ::testing::TestWithParam<std::tuple<Backend, CutCase>> {};
+
+TEST_P(ScanCuts, DoNotMatter) {
+  const auto& [backend, cut] = GetParam();
+  const DType T = ops(backend).activation_dtype(cut.weights);
+  ScanCase c{.name = "whole", .lengths = {cut.length}, .weights = cut.weights};
+  const ScanData data = scan_data(c, T);
+  const ScanResult whole = run_scan(backend, c, data);
+  const int64_t width = c.d_inner * c.d_state;
+  const auto part = [&](ScanData d, int64_t begin, int64_t end) {
+    d.x = rows(data.x, begin, end, c.d_inner);
+    d.dt = rows(data.dt, begin, end, c.d_inner);
+    d.z = rows(data.z, begin, end, c.d_inner);
+    d.B = rows(data.B, begin, end, c.d_state);
+    d.C = rows(data.C, begin, end, c.d_state);
+    c.lengths = {static_cast<int32_t>(end - begin)};
+    return run_scan(backend, c, d);
+  };
+  for (const int32_t n : cut.cuts) {
+    ScanData d = data;
+    const ScanResult first = part(d, 0, n);
+    d.state = first.state;
+    const ScanResult second = part(d, n, cut.length);
+    Values y = first.y;
+    append(y, second.y);
+    EXPECT_TRUE(near_std(y, whole.y, tolerance(T))) << "cut at " << n;
+    EXPECT_TRUE(near_std(rows(second.state, 1, 2, width), rows(whole.state, 1, 2, width), 1e-5));
+    if (ops(backend).backend() == "cpu") {
+      EXPECT_TRUE(same_bits(y, whole.y) && same_bits(second.state, whole.state)) << n;
+    }
+  }
+}
+
+OPS_TEST_ALL_BACKENDS(ScanCuts, ::testing::ValuesIn(cut_cases()));
+
+struct StateCase {
+  std::string name;
+  DType state = DType::f32;
+};
+
+void PrintTo(const StateCase& c, std::ostream* os) { *os << c.name; }
+
+class ScanState : public ::testing::TestWithParam<std::tuple<Backend, StateCase>> {};
+
+// A sequence alone, and the same among others, in another order and other slots.
+TEST_P(ScanState, DoesNotDependOnItsNeighbours) {
+  const auto& [backend, state] = GetParam();
+  ScanCase c{.name = "ragged", .lengths = {5, 1, 70, 33}, .slots = {4, 0, 5, 2}};
+  c.state = state.state;
+  const ScanData data = scan_data(c, DType::f32);
+  const ScanResult together = run_scan(backend, c, data);
+  const int64_t width = c.d_inner * c.d_state;
+  int64_t begin = 0;
+  for (size_t s = 0; s < c.lengths.size(); ++s) {
+    const int64_t end = begin + c.lengths[s];
+    ScanCase alone = c;
+    alone.lengths = {c.lengths[s]};
+    alone.slots = {3};
+    ScanData d = data;
+    d.x = rows(data.x, begin, end, c.d_inner);
+    d.dt = rows(data.dt, begin, end, c.d_inner);
+    d.z = rows(data.z, begin, end, c.d_inner);
+    d.B = rows(data.B, begin, end, c.d_state);
+    d.C = rows(data.C, begin, end, c.d_state);
+    const Values start = rows(data.state, c.slots[s], c.slots[s] + 1, width);
+    d.state.assign(static_cast<size_t>(kSlots * width), kNan);
+    std::copy(start.begin(), start.end(), d.state.begin() + 3 * width);
+    const ScanResult got = run_scan(backend, alone, d);
+    EXPECT_TRUE(near_std(got.y, rows(together.y, begin, end, c.d_inner), 1e-5)) << s;
+    EXPECT_TRUE(near_std(rows(got.state, 3, 4, width),
+                         rows(together.state, c.slots[s], c.slots[s] + 1, width),
+                         state_tolerance(c.state)))
+        << s;
+    begin = end;
+  }
+}
+
+OPS_TEST_ALL_BACKENDS(ScanState, ::testing::Values(StateCase{"f32", DType::f32},
+                                                   StateCase{"bf16", DType::bf16},
+                                                   StateCase{"f16", DType::f16}));
+
+}  // namespace
+}  // namespace krait::test
