@@ -20,7 +20,7 @@ cuda=no
 for arg in "$@"; do
   case $arg in
     --dev) packages="$packages clang clang-format clang-tidy clang-tools libclang-rt-14-dev" ;;
-    --cuda) cuda=yes ;;
+    --cuda) cuda=yes; packages="$packages python3-pip" ;;
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) say "unknown argument $arg (see --help)"; exit 2 ;;
   esac
