@@ -41,6 +41,12 @@ class MemoryCheckpoint final : public Checkpoint {
     }
   }
 
+  MemoryCheckpoint(const MemoryCheckpoint& from)
+      : MemoryCheckpoint(static_cast<const Checkpoint&>(from)) {}
+  MemoryCheckpoint(MemoryCheckpoint&&) = default;
+  MemoryCheckpoint& operator=(const MemoryCheckpoint&) = delete;
+  MemoryCheckpoint& operator=(MemoryCheckpoint&&) = default;
+
   /// Adds or replaces a tensor with a copy of `data` (zeros when null).
   void put(const std::string& name, DType dtype, const Shape& shape, const void* data = nullptr,
            const std::string& file = "memory") {
