@@ -6,16 +6,14 @@
 //
 // Nothing is sorted. A filter keeps a prefix of some order, so it is enough to find the last token
 // it keeps: a histogram of masses over the ordered values finds the bin where the running mass
-// reaches the target, and histograms over ever narrower ranges of keys find the token. A token that
-// a filter drops becomes -inf in `logits`; as soon as few are left they move to shared memory, in
-// the order of their ids.
+// reaches the target; the few tokens of that bin move to shared memory, where histograms over ever
+// narrower ranges of keys find the token. What a filter leaves moves to shared memory too, in the
+// order of ids, as soon as it fits; before that, a dropped token becomes -inf in `logits`.
 //
 // Shapes   logits f32 [n_seq, vocab_rows]; state by slot
 // Launch   one block of 1024 threads per row
-// Bytes    4 * vocab per pass, from L2: two passes for greedy, about 5 for top-k, 4 more per filter
-// on
-//          whatever is left
-// Same as  kernels/cpu sample; tests/ops/sample_test.cpp
+// Bytes    4 * vocab per pass, from L2: one pass for greedy, 5 for top-k; later filters work on
+// what is left Same as  kernels/cpu sample; tests/ops/sample_test.cpp
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 #include "kernels/sampling.h"
@@ -35,23 +33,40 @@ struct Shared {
   uint64_t result[2];
   float list_logit[kListSize];
   int32_t list_id[kListSize];
+  int gathered;
 };
 
-/// The tokens that are still in play: a whole row of logits, or the list in shared memory. Those at
-/// -inf are out. Either way they are in the order of their ids.
+/// The tokens that are still in play: a whole row of logits, or a list in shared memory in the
+/// order of the ids. Those at -inf are out.
 struct Candidates {
   float* logit;
   const int32_t* id;  // null: the index is the id
   int n;
+  bool vector;  // a row that allows 16-byte loads
 
   __device__ int32_t token(int i) const { return id != nullptr ? id[i] : i; }
+  __device__ float at(int i) const { return sampling::clean(logit[i]); }
 
+  /// f(index, logit) for every candidate, the block's threads sharing them.
   template <typename F>
   __device__ void each(F&& f) const {
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      const float l = logit[i];
+    const auto visit = [&](int i, float raw) {
+      const float l = sampling::clean(raw);
       if (l > -INFINITY) f(i, l);
+    };
+    int done = 0;
+    if (vector) {
+      done = n / 4 * 4;
+#pragma unroll 2
+      for (int i = 4 * static_cast<int>(threadIdx.x); i < done; i += 4 * kThreads) {
+        const float4 l = *reinterpret_cast<const float4*>(logit + i);
+        visit(i, l.x);
+        visit(i + 1, l.y);
+        visit(i + 2, l.z);
+        visit(i + 3, l.w);
+      }
     }
+    for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads) visit(i, logit[i]);
   }
 };
 
@@ -154,33 +169,54 @@ __device__ uint64_t select(const Candidates& c, uint64_t target, Shared& s, Valu
   });
   const int bin = find_bin(target, s);
 
+  // The bin's candidates: those of a row move to the list, if they fit.
+  const auto in_bin = [&](auto&& f) {
+    c.each([&](int i, float l) {
+      if (coarse(i, l) == bin) f(i, l);
+    });
+  };
+  int n_list = 0;
+  if (c.id == nullptr) {
+    if (threadIdx.x == 0) s.gathered = 0;
+    __syncthreads();
+    in_bin([&](int i, float l) {
+      const int at = atomicAdd(&s.gathered, 1);
+      if (at < kListSize) {
+        s.list_id[at] = i;
+        s.list_logit[at] = l;
+      }
+    });
+    __syncthreads();
+    n_list = s.gathered <= kListSize ? s.gathered : 0;
+  }
   uint64_t low = 0;
   uint64_t high = kNoKey;
+  const auto each_inside = [&](auto&& f) {
+    const auto visit = [&](int i, float l) {
+      const uint64_t k = key(i, l);
+      if (k >= low && k <= high) f(k, i, l);
+    };
+    if (n_list == 0) return in_bin(visit);
+    for (int j = threadIdx.x; j < n_list; j += kThreads) visit(s.list_id[j], s.list_logit[j]);
+  };
   for (;;) {
     uint64_t least = kNoKey;
     uint64_t most = 0;
-    const auto inside = [&](int i, float l, auto&& f) {
-      if (coarse(i, l) != bin) return;
-      const uint64_t k = key(i, l);
-      if (k >= low && k <= high) f(k);
-    };
-    c.each([&](int i, float l) {
-      inside(i, l, [&](uint64_t k) {
-        least = min(least, k);
-        most = max(most, k);
-      });
+    each_inside([&](uint64_t k, int, float) {
+      least = min(least, k);
+      most = max(most, k);
     });
-    low = block_min(least, s);
-    high = block_max(most, s);
+    least = block_min(least, s);
+    most = block_max(most, s);
+    low = least;
+    high = most;
     if (low >= high) return low;
 
     const int bits = 64 - __clzll(static_cast<long long>(high - low));
     const int shift = max(0, bits - 11);
     clear();
-    c.each([&](int i, float l) {
-      inside(i, l, [&](uint64_t k) {
-        atomicAdd(&s.bins[(k - low) >> shift], static_cast<unsigned long long>(mass(i, l)));
-      });
+    each_inside([&](uint64_t k, int i, float l) {
+      atomicAdd(&s.bins[(k - low) >> shift], static_cast<unsigned long long>(mass(i, l)));
     });
     const auto part = static_cast<uint64_t>(find_bin(target, s));
     low += part << shift;
@@ -188,28 +224,55 @@ __device__ uint64_t select(const Candidates& c, uint64_t target, Shared& s, Valu
   }
 }
 
-/// Moves the candidates to the list in shared memory if they fit, keeping their order.
-__device__ void compact(Candidates& c, Shared& s) {
-  if (c.id != nullptr) return;
-  uint64_t mine = 0;
-  c.each([&](int, float) { ++mine; });
-  const uint64_t total = block_sum(mine, s);
-  if (total > kListSize) return;
-  int filled = 0;
-  for (int base = 0; base < c.n; base += kThreads) {
-    const int i = base + static_cast<int>(threadIdx.x);
-    const float l = i < c.n ? c.logit[i] : -INFINITY;
-    const bool in = l > -INFINITY;
-    if (__syncthreads_or(static_cast<int>(in)) == 0) continue;
-    const auto at = filled + static_cast<int>(block_exclusive_sum(in ? 1 : 0, s));
-    if (in) {
-      s.list_logit[at] = l;
-      s.list_id[at] = i;
-    }
-    filled += __syncthreads_count(static_cast<int>(in));
-  }
+/// Drops the candidates that `kept` refuses. Each warp owns a run of consecutive candidates, so
+/// that the list stays in order.
+template <typename Kept>
+__device__ void keep(Candidates& c, Shared& s, Kept kept) {
   __syncthreads();
-  c = {s.list_logit, s.list_id, filled};
+  if (c.id == nullptr) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int run = static_cast<int>(ceil_div(ceil_div(c.n, kWarps), 32)) * 32;
+    const int begin = min(warp * run, c.n);
+    const int end = min(begin + run, c.n);
+    const auto stays = [&](int i) {
+      if (i >= end) return false;
+      const float l = c.at(i);
+      return l > -INFINITY && kept(i, l);
+    };
+    uint64_t mine = 0;
+#pragma unroll 4
+    for (int i = begin; i < end; i += 32) mine += stays(i + lane) ? 1 : 0;
+    mine = warp_sum(mine);
+    __syncthreads();
+    if (lane == 0) s.warp[warp] = mine;
+    __syncthreads();
+    int total = 0;
+    int at = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) at = total;
+      total += static_cast<int>(s.warp[w]);
+    }
+    if (total <= kListSize) {
+      for (int i = begin; i < end; i += 32) {
+        const bool in = stays(i + lane);
+        const unsigned all = __ballot_sync(0xffffffffU, in);
+        if (in) {
+          const int to = at + __popc(all & ((1U << lane) - 1));
+          s.list_logit[to] = c.at(i + lane);
+          s.list_id[to] = i + lane;
+        }
+        at += __popc(all);
+      }
+      __syncthreads();
+      c = {s.list_logit, s.list_id, total, false};
+      return;
+    }
+  }
+  c.each([&](int i, float l) {
+    if (!kept(i, l)) c.logit[i] = -INFINITY;
+  });
+  __syncthreads();
 }
 
 /// The first candidate, by id, whose running sum of weights exceeds `threshold`. Each warp owns a
@@ -223,7 +286,7 @@ __device__ int32_t draw(const Candidates& c, uint64_t threshold, Shared& s, Mass
   const int end = min(begin + run, c.n);
   const auto mass_at = [&](int i) -> uint64_t {
     if (i >= end) return 0;
-    const float l = c.logit[i];
+    const float l = c.at(i);
     return l > -INFINITY ? mass(i, l) : 0;
   };
   uint64_t sum = 0;
@@ -250,19 +313,17 @@ __device__ int32_t draw(const Candidates& c, uint64_t threshold, Shared& s, Mass
   return static_cast<int32_t>(s.result[0]);
 }
 
-/// Steps "bias" and "penalty" of kernels/sampling.h. Leaves every logit clean.
+/// Steps "bias" and "penalty" of kernels/sampling.h.
 __device__ void bias_and_penalties(float* logit, int n, const SampleParams& p,
                                    const int32_t* bias_id, const float* bias_value, int n_bias,
                                    const int32_t* counts) {
-  for (int i = threadIdx.x; i < n; i += kThreads) logit[i] = sampling::clean(logit[i]);
-  __syncthreads();
   for (int b = threadIdx.x; b < n_bias; b += kThreads) {
     const int32_t id = bias_id[b];
     if (id < 0 || id >= n) continue;
     bool first = true;  // the first entry of a token applies them all, in their order
     for (int a = 0; a < b; ++a) first = first && bias_id[a] != id;
     if (!first) continue;
-    float l = logit[id];
+    float l = sampling::clean(logit[id]);
     for (int a = b; a < n_bias; ++a) {
       if (bias_id[a] == id) l = sampling::clean(l + bias_value[a]);
     }
@@ -275,8 +336,8 @@ __device__ void bias_and_penalties(float* logit, int n, const SampleParams& p,
     for (int i = threadIdx.x; i < n; i += kThreads) {
       const int32_t count = counts[i];
       if (count > 0) {
-        logit[i] = sampling::penalised(logit[i], count, p.repeat_penalty, p.presence_penalty,
-                                       p.frequency_penalty);
+        logit[i] = sampling::penalised(sampling::clean(logit[i]), count, p.repeat_penalty,
+                                       p.presence_penalty, p.frequency_penalty);
       }
     }
     __syncthreads();
@@ -299,21 +360,12 @@ __device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
     c.each([&](int i, float l) { mine += mass(i, l); });
     return block_sum(mine, s);
   };
-  const auto keep = [&](auto kept) {
-    __syncthreads();
-    c.each([&](int i, float l) {
-      if (!kept(i, l)) c.logit[i] = -INFINITY;
-    });
-    __syncthreads();
-    compact(c, s);
-  };
-
   if (p.top_k > 0 && p.top_k < c.n) {
     const auto one = [](int, float) { return uint64_t{1}; };
     const auto k = static_cast<uint64_t>(p.top_k);
     if (k < sum_of(one)) {
       const uint64_t last = select(c, k, s, nats, by_logit, one);
-      keep([&](int i, float l) { return by_logit(i, l) <= last; });
+      keep(c, s, [&](int i, float l) { return by_logit(i, l) <= last; });
     }
   }
   if (p.typical_p < 1.0F) {
@@ -328,18 +380,18 @@ __device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
     };
     const uint64_t last =
         select(c, sampling::kept_above(p.typical_p, total) + 1, s, distance, by_distance, weight);
-    keep([&](int i, float l) { return by_distance(i, l) <= last; });
+    keep(c, s, [&](int i, float l) { return by_distance(i, l) <= last; });
     best = first_key(c, s);  // the most likely token need not be typical
     top = logit_of_key(best);
   }
   if (p.top_p < 1.0F) {
     const uint64_t target = sampling::kept_from(p.top_p, sum_of(weight));
     const uint64_t last = select(c, target, s, nats, by_logit, weight);
-    keep([&](int i, float l) { return by_logit(i, l) <= last; });
+    keep(c, s, [&](int i, float l) { return by_logit(i, l) <= last; });
   }
   if (p.min_p > 0.0F) {
     const uint64_t least = sampling::min_weight(p.min_p);
-    keep([&](int i, float l) { return weight(i, l) >= least; });
+    keep(c, s, [&](int i, float l) { return weight(i, l) >= least; });
   }
   const auto tempered = [&](int, float l) { return sampling::weight((top - l) / p.temperature); };
   const uint64_t total = sum_of(tempered);
@@ -367,7 +419,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     float* row = logits + seq * row_stride;
 
     bias_and_penalties(row, vocab, p, bias_id, bias_value, n_bias, counts);
-    token = choose({row, nullptr, vocab}, p, *position, s);
+    const bool vector = row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+    token = choose({row, nullptr, vocab, vector}, p, *position, s);
     __syncthreads();
 
     if (threadIdx.x == 0) {

@@ -12,27 +12,36 @@
 //   2. the stretches' states are chained from the state before the tile, one thread per (channel,
 //   state);
 //   3. every thread scans its stretch again, from the state now known, and writes y.
-// That costs the exponentials twice and needs no expanded state in memory. The tiles of a sequence
-// follow each other inside the block, the state waiting in shared memory.
+// The decays exp(dt * A) of a stretch stay in registers between 1 and 3. Tiles of a sequence follow
+// each other inside the block, the state waiting in shared memory; the inputs of a tile are
+// requested while the one before is computed.
 //
 // Shapes   x, dt, z, y T [n_tok, d_inner]; B, C T [n_tok, d_state] views; A f32 [d_inner, d_state];
 //          ssm_state S [slot, d_inner, d_state]
-// Launch   grid (channels / kChannels, n_seq), kChannels x kSegments threads: a warp is 32 channels
-// of one
-//          segment, so that loads of x, dt and z are coalesced and B, C are read as broadcasts
+// Launch   grid (channels / kChannels, n_seq), kChannels x kSegments threads, two blocks per SM;
+// channels
+//          vary fastest, so that loads of x, dt and z are coalesced and B, C are read as broadcasts
 // Types    arithmetic f32; states beyond kStates are done in groups, y summed over the groups
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
-// Roofline 2 * d_state + 6 special-function results per channel and token: bound by them, not by
-// bytes Same as  kernels/cpu; tests/ops
+// Roofline (1 + 1 / kPerSegment) * d_state + 6 special-function results per channel and token:
+// bound by
+//          them, not by bytes
+// Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 
 namespace krait::cuda {
 namespace {
 
-constexpr int kChannels = 32;
-constexpr int kSegments = 8;
-constexpr int kPerSegment = 8;  // tokens of a stretch
+#ifndef KRAIT_SCAN_CHANNELS
+#define KRAIT_SCAN_CHANNELS 32
+#define KRAIT_SCAN_SEGMENTS 8
+#define KRAIT_SCAN_PER 4
+#define KRAIT_SCAN_BLOCKS 2
+#endif
+constexpr int kChannels = KRAIT_SCAN_CHANNELS;
+constexpr int kSegments = KRAIT_SCAN_SEGMENTS;
+constexpr int kPerSegment = KRAIT_SCAN_PER;  // tokens of a stretch
 constexpr int kTile = kSegments * kPerSegment;
 constexpr int kStates = 16;  // states in registers at a time
 constexpr int kThreads = kChannels * kSegments;
@@ -57,19 +66,25 @@ struct SharedTile {
   float decay[kSegments][kStates][kChannels];  // exp(A * sum(dt)) of a stretch
   float state[kSegments][kStates]
              [kChannels];  // its scan from zero; after step 2 the state before it
-  float B[kTile][kStates];
-  float C[kTile][kStates];
+  float4 B[kTile][kStates / 4];
+  float4 C[kTile][kStates / 4];
+};
+
+/// A thread's inputs of one tile, as they lie in memory.
+template <typename T>
+struct StretchInputs {
+  T x[kPerSegment], dt[kPerSegment], z[kPerSegment];
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, KRAIT_SCAN_BLOCKS)
     selective_scan_kernel(ScanPointers<T> p, ScanShape shape, S* ssm_state) {
+  after_previous();
   extern __shared__ float4 shared_raw[];
   SharedTile& tile = *reinterpret_cast<SharedTile*>(shared_raw);
-  float* carry = reinterpret_cast<float*>(shared_raw) +
-                 sizeof(SharedTile) / sizeof(float);  // [d_state][kChannels]
+  float* A_of = reinterpret_cast<float*>(shared_raw) + sizeof(SharedTile) / sizeof(float);
+  float* carry = A_of + shape.d_state * kChannels;  // both [d_state][kChannels]
 
-  after_previous();
   const int seq = static_cast<int>(blockIdx.y);
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;
@@ -80,71 +95,93 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t e0 = static_cast<int64_t>(blockIdx.x) * kChannels;
   const int64_t e = e0 + lane;
   const bool live = e < shape.d_inner;
-  const int n_group = (shape.d_state + kStates - 1) / kStates;
 
-  // The state of this block's channels: [kChannels, d_state] in memory, transposed into shared
+  // State and A of this block's channels: [kChannels, d_state] in memory, transposed in shared
   // memory.
   S* state_rows = ssm_state + (slot * shape.d_inner + e0) * shape.d_state;
-  const int64_t n_state = min(static_cast<int64_t>(kChannels), shape.d_inner - e0) * shape.d_state;
-  for (int64_t i = threadIdx.x; i < n_state; i += kThreads) {
-    carry[(i % shape.d_state) * kChannels + i / shape.d_state] = to_float(state_rows[i]);
+  const float* A_rows = p.A + e0 * shape.d_state;
+  const int n_state =
+      static_cast<int>(min(static_cast<int64_t>(kChannels), shape.d_inner - e0)) * shape.d_state;
+  const auto transposed = [&](int i) {
+    return (i % shape.d_state) * kChannels + i / shape.d_state;
+  };
+  for (int i = threadIdx.x; i < shape.d_state * kChannels; i += kThreads) {
+    carry[transposed(i)] = i < n_state ? to_float(state_rows[i]) : 0.0F;
+    A_of[transposed(i)] = i < n_state ? A_rows[i] * kLog2e : 0.0F;
   }
 
   const float bias = live ? p.dt_bias[e] : 0.0F;
   const float D = live ? p.D[e] : 0.0F;
-  float A[kStates];
 
+  const auto load = [&](int64_t t0) {
+    StretchInputs<T> in;
+#pragma unroll
+    for (int i = 0; i < kPerSegment; ++i) {
+      const int64_t at = t0 + segment * kPerSegment + i;
+      const bool inside = live && at < len;
+      const int64_t t = begin + at;
+      in.x[i] = inside ? p.x[t * shape.x_stride + e] : T(0.0F);
+      in.dt[i] = inside ? p.dt[t * shape.dt_stride + e] : T(0.0F);
+      in.z[i] = inside ? p.z[t * shape.z_stride + e] : T(0.0F);
+    }
+    return in;
+  };
+
+  StretchInputs<T> next = load(0);
   for (int64_t t0 = 0; t0 < len; t0 += kTile) {
-    const int64_t first = t0 + segment * kPerSegment;  // this thread's stretch
-    float x[kPerSegment], dt[kPerSegment], y[kPerSegment];
+    const StretchInputs<T> in = next;
+    const int64_t first = t0 + segment * kPerSegment;
+    float dt[kPerSegment], dx[kPerSegment], y[kPerSegment];
     float dt_sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < kPerSegment; ++i) {
-      // Past the end dt = 0 and x = 0: exp(0) = 1 and nothing is added, so the state passes
-      // unchanged.
-      const bool inside = live && first + i < len;
-      const int64_t t = begin + first + i;
-      x[i] = inside ? to_float(p.x[t * shape.x_stride + e]) : 0.0F;
-      dt[i] = inside ? softplus(to_float(p.dt[t * shape.dt_stride + e]) + bias) : 0.0F;
+      // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
+      dt[i] = live && first + i < len ? softplus(to_float(in.dt[i]) + bias) : 0.0F;
+      const float x = to_float(in.x[i]);
+      dx[i] = dt[i] * x;
       dt_sum += dt[i];
-      y[i] = D * x[i];
+      y[i] = D * x;
     }
+    // y of this tile may lie over x or dt of this tile, never of the next.
+    if (t0 + kTile < len) next = load(t0 + kTile);
 
-    for (int g = 0; g < n_group; ++g) {
-      const int n0 = g * kStates;
+    for (int n0 = 0; n0 < shape.d_state; n0 += kStates) {
       const int n_here = min(kStates, shape.d_state - n0);
-      if (n_group > 1 || t0 == 0) {
-#pragma unroll
-        for (int n = 0; n < kStates; ++n) {
-          A[n] = live && n < n_here ? p.A[e * shape.d_state + n0 + n] * kLog2e : 0.0F;
-        }
-      }
-      __syncthreads();  // the last group's readers of B, C and state are done; carry is written
+      __syncthreads();  // the last readers of B, C and state are done; carry is written
       for (int i = threadIdx.x; i < kTile * kStates; i += kThreads) {
         const int64_t t = t0 + i / kStates;
         const int n = i % kStates;
         const bool inside = t < len && n < n_here;
-        tile.B[i / kStates][n] =
-            inside ? to_float(p.B[(begin + t) * shape.B_stride + n0 + n]) : 0.0F;
-        tile.C[i / kStates][n] =
-            inside ? to_float(p.C[(begin + t) * shape.C_stride + n0 + n]) : 0.0F;
+        const float B = inside ? to_float(p.B[(begin + t) * shape.B_stride + n0 + n]) : 0.0F;
+        const float C = inside ? to_float(p.C[(begin + t) * shape.C_stride + n0 + n]) : 0.0F;
+        reinterpret_cast<float*>(tile.B)[i] = B;
+        reinterpret_cast<float*>(tile.C)[i] = C;
       }
-      __syncthreads();
 
       // 1. The stretch from zero.
+      float decay[kPerSegment][kStates];
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) {
+        const float A = n < n_here ? A_of[(n0 + n) * kChannels + lane] : 0.0F;
+        tile.decay[segment][n][lane] = exp2_fast(dt_sum * A);
+#pragma unroll
+        for (int i = 0; i < kPerSegment; ++i) decay[i][n] = exp2_fast(dt[i] * A);
+      }
+      __syncthreads();
       float h[kStates] = {};
 #pragma unroll
       for (int i = 0; i < kPerSegment; ++i) {
-        const float dx = dt[i] * x[i];
-        const float* B = tile.B[segment * kPerSegment + i];
 #pragma unroll
-        for (int n = 0; n < kStates; ++n) h[n] = fmaf(exp2f(dt[i] * A[n]), h[n], dx * B[n]);
+        for (int q = 0; q < kStates / 4; ++q) {
+          const float4 B = tile.B[segment * kPerSegment + i][q];
+          h[4 * q] = fmaf(decay[i][4 * q], h[4 * q], dx[i] * B.x);
+          h[4 * q + 1] = fmaf(decay[i][4 * q + 1], h[4 * q + 1], dx[i] * B.y);
+          h[4 * q + 2] = fmaf(decay[i][4 * q + 2], h[4 * q + 2], dx[i] * B.z);
+          h[4 * q + 3] = fmaf(decay[i][4 * q + 3], h[4 * q + 3], dx[i] * B.w);
+        }
       }
 #pragma unroll
-      for (int n = 0; n < kStates; ++n) {
-        tile.decay[segment][n][lane] = exp2f(dt_sum * A[n]);
-        tile.state[segment][n][lane] = h[n];
-      }
+      for (int n = 0; n < kStates; ++n) tile.state[segment][n][lane] = h[n];
       __syncthreads();
 
       // 2. Chain the stretches.
@@ -152,11 +189,16 @@ __global__ void __launch_bounds__(kThreads)
         const int n = i / kChannels;
         const int c = i % kChannels;
         float running = carry[(n0 + n) * kChannels + c];
+        float by[kSegments], from[kSegments];
 #pragma unroll
         for (int s = 0; s < kSegments; ++s) {
-          const float after = fmaf(tile.decay[s][n][c], running, tile.state[s][n][c]);
+          by[s] = tile.decay[s][n][c];
+          from[s] = tile.state[s][n][c];
+        }
+#pragma unroll
+        for (int s = 0; s < kSegments; ++s) {
           tile.state[s][n][c] = running;
-          running = after;
+          running = fmaf(by[s], running, from[s]);
         }
         carry[(n0 + n) * kChannels + c] = running;
       }
@@ -167,33 +209,36 @@ __global__ void __launch_bounds__(kThreads)
       for (int n = 0; n < kStates; ++n) h[n] = tile.state[segment][n][lane];
 #pragma unroll
       for (int i = 0; i < kPerSegment; ++i) {
-        const float dx = dt[i] * x[i];
-        const float* B = tile.B[segment * kPerSegment + i];
-        const float* C = tile.C[segment * kPerSegment + i];
-        float sum = 0.0F;
+        float sum[4] = {};
 #pragma unroll
-        for (int n = 0; n < kStates; ++n) {
-          h[n] = fmaf(exp2f(dt[i] * A[n]), h[n], dx * B[n]);
-          sum = fmaf(C[n], h[n], sum);
+        for (int q = 0; q < kStates / 4; ++q) {
+          const float4 B = tile.B[segment * kPerSegment + i][q];
+          const float4 C = tile.C[segment * kPerSegment + i][q];
+          h[4 * q] = fmaf(decay[i][4 * q], h[4 * q], dx[i] * B.x);
+          h[4 * q + 1] = fmaf(decay[i][4 * q + 1], h[4 * q + 1], dx[i] * B.y);
+          h[4 * q + 2] = fmaf(decay[i][4 * q + 2], h[4 * q + 2], dx[i] * B.z);
+          h[4 * q + 3] = fmaf(decay[i][4 * q + 3], h[4 * q + 3], dx[i] * B.w);
+          sum[0] = fmaf(C.x, h[4 * q], sum[0]);
+          sum[1] = fmaf(C.y, h[4 * q + 1], sum[1]);
+          sum[2] = fmaf(C.z, h[4 * q + 2], sum[2]);
+          sum[3] = fmaf(C.w, h[4 * q + 3], sum[3]);
         }
-        y[i] += sum;
+        y[i] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
       }
     }
 
 #pragma unroll
     for (int i = 0; i < kPerSegment; ++i) {
       if (live && first + i < len) {
-        const int64_t t = begin + first + i;
-        p.y[t * shape.y_stride + e] =
-            from_float<T>(y[i] * silu(to_float(p.z[t * shape.z_stride + e])));
+        p.y[(begin + first + i) * shape.y_stride + e] =
+            from_float<T>(y[i] * silu(to_float(in.z[i])));
       }
     }
   }
 
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < n_state; i += kThreads) {
-    state_rows[i] = from_float<S>(carry[(i % shape.d_state) * kChannels + i / shape.d_state]);
-  }
+  for (int i = threadIdx.x; i < n_state; i += kThreads)
+    state_rows[i] = from_float<S>(carry[transposed(i)]);
 }
 
 }  // namespace
@@ -205,7 +250,7 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
                         in.z.row_stride, y.row_stride,
                         in.B.row_stride, in.C.row_stride};
   const size_t shared =
-      sizeof(SharedTile) + sizeof(float) * kChannels * static_cast<size_t>(shape.d_state);
+      sizeof(SharedTile) + 2 * sizeof(float) * kChannels * static_cast<size_t>(shape.d_state);
   const dim3 grid(static_cast<unsigned>(ceil_div(shape.d_inner, kChannels)),
                   static_cast<unsigned>(batch.n_seq));
   visit_type(in.x.dtype, "selective_scan x", [&](auto t) {

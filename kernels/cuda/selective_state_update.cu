@@ -68,14 +68,14 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float next =
-          fmaf(exp2f(dt * (decay[i] * kLog2e)), to_float(quad.v[i]), dx * to_float(B[n0 + i]));
+          fmaf(exp2_fast(dt * (decay[i] * kLog2e)), to_float(quad.v[i]), dx * to_float(B[n0 + i]));
       sum = fmaf(to_float(C[n0 + i]), next, sum);
       quad.v[i] = from_float<S>(next);
     }
     if (live) *reinterpret_cast<Quad<S>*>(h + n0) = quad;
   } else {
     for (int n = lane; n < p.d_state; n += kLanes) {
-      const float next = fmaf(exp2f(dt * (A[n] * kLog2e)), to_float(h[n]), dx * to_float(B[n]));
+      const float next = fmaf(exp2_fast(dt * (A[n] * kLog2e)), to_float(h[n]), dx * to_float(B[n]));
       sum = fmaf(to_float(C[n]), next, sum);
       if (live) h[n] = from_float<S>(next);
     }
