@@ -194,7 +194,7 @@ int bench(const BenchFlags& flags, const CommonFlags& common) {
   for (const int64_t batch : flags.batches) {
     if (flags.n_gen > 0) results.push_back(bench_decode(engine, batch, flags, vocab));
   }
-  write_stdout(flags.output == "json" ? dump_json(json(s, flags, results))
+  write_stdout(flags.output == "json" ? dump_json(json(s, flags, results), 2)
                                       : markdown(s, flags, results));
   return 0;
 }

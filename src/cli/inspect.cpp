@@ -74,7 +74,7 @@ std::string dims(const Shape& shape) {
   return s;
 }
 
-int inspect(const InspectFlags& flags, const CommonFlags& common) {
+int inspect(const InspectFlags& flags) {
   if (!flags.positional.empty() && !flags.model.model.empty() &&
       flags.positional != flags.model.model) {
     throw Error(ErrorKind::usage, fmt::format("two models are named: {} and {}", flags.positional,
@@ -120,13 +120,14 @@ int inspect(const InspectFlags& flags, const CommonFlags& common) {
                               {"bytes", e.tensor.bytes()},
                               {"file", e.file}});
     }
-    write_stdout(dump_json(j));
+    write_stdout(dump_json(j, 2));
     return 0;
   }
 
   std::string out = fmt::format("{} ({}, {} tensors)\n\n", source.name, checkpoint->format(),
                                 checkpoint->entries().size());
-  for (const auto& [key, value] : config_json(model->config()).items()) {
+  const OrderedJson keys = config_json(model->config());
+  for (const auto& [key, value] : keys.items()) {
     out += fmt::format("  {:<26}{}\n", key,
                        value.is_string() ? value.get<std::string>() : value.dump());
   }
@@ -145,15 +146,13 @@ int inspect(const InspectFlags& flags, const CommonFlags& common) {
   line(fmt::format("bytes per token, batch {}", n),
        fmt::format("{} (weights once a step; state read and written)",
                    human_bytes(c.read_per_step / n)));
-  if (!common.quiet) {
-    size_t width = 0;
-    for (const auto& e : checkpoint->entries()) width = std::max(width, e.name.size());
-    out += fmt::format("\n  {:<{}}  {:<5}  {:<20}  {:>10}\n", "tensor", width, "dtype", "shape",
-                       "bytes");
-    for (const auto& e : checkpoint->entries()) {
-      out += fmt::format("  {:<{}}  {:<5}  {:<20}  {:>10}\n", e.name, width,
-                         dtype_name(e.tensor.dtype), dims(e.tensor.shape), e.tensor.bytes());
-    }
+  size_t width = 0;
+  for (const auto& e : checkpoint->entries()) width = std::max(width, e.name.size());
+  out += fmt::format("\n  {:<{}}  {:<5}  {:<20}  {:>10}\n", "tensor", width, "dtype", "shape",
+                     "bytes");
+  for (const auto& e : checkpoint->entries()) {
+    out += fmt::format("  {:<{}}  {:<5}  {:<20}  {:>10}\n", e.name, width,
+                       dtype_name(e.tensor.dtype), dims(e.tensor.shape), e.tensor.bytes());
   }
   write_stdout(out);
   return 0;
@@ -173,7 +172,7 @@ Command add_inspect_command(CLI::App& app, CommonFlags& common) {
   add_model_flags(*sub, flags->model);
   add_device_flags(*sub, flags->device);
   add_common_flags(*sub, common);
-  return {sub, [flags, &common] { return inspect(*flags, common); }};
+  return {sub, [flags] { return inspect(*flags); }};
 }
 
 }  // namespace krait

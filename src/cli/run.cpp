@@ -38,7 +38,7 @@ std::string_view finish_name(FinishReason reason) {
   return "";
 }
 
-/// Tokens per second; null JSON and "-" where there was nothing to time.
+/// Tokens per second; 0 where there was nothing to time.
 double rate(size_t tokens, double seconds) {
   return seconds > 0 ? static_cast<double>(tokens) / seconds : 0.0;
 }
@@ -169,11 +169,11 @@ int run(const RunFlags& flags, const CommonFlags& common) {
                   {"completion_tokens", result.ids.size()},
                   {"total_tokens", ids.size() + result.ids.size()}};
     j["sampling"] = sampling_json(params);
-    j["timings"] = {{"load_ms", session.load_seconds * 1e3},
-                    {"prompt_ms", result.prompt_seconds * 1e3},
-                    {"prompt_per_second", rate(ids.size(), result.prompt_seconds)},
-                    {"predicted_ms", result.generate_seconds * 1e3},
-                    {"predicted_per_second", decode_rate(result)}};
+    j["timings"] = {{"load_ms", to_thousandths(session.load_seconds * 1e3)},
+                    {"prompt_ms", to_thousandths(result.prompt_seconds * 1e3)},
+                    {"prompt_per_second", to_thousandths(rate(ids.size(), result.prompt_seconds))},
+                    {"predicted_ms", to_thousandths(result.generate_seconds * 1e3)},
+                    {"predicted_per_second", to_thousandths(decode_rate(result))}};
     j["device"] = session.ops->info().name;
     j["backend"] = session.ops->backend();
     j["dtype"] = dtype_name(session.model->weight_dtype());

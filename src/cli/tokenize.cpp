@@ -83,7 +83,7 @@ void tokenize_lines(const TokenizeFlags& flags, const Tokenizer& tokenizer) {
       object["ids"] = tokenizer.encode(object["text"].get_ref<const std::string&>(),
                                        {.add_special = flags.special});
     }
-    out += dump_json(object, -1);
+    out += dump_json(object);
     if (out.size() >= kBlock) {
       write_stdout(out);
       out.clear();
