@@ -110,6 +110,11 @@ int logits(const LogitsFlags& flags, const CommonFlags& common) {
   }
 
   const auto n_rows = last_only ? int64_t{1} : static_cast<int64_t>(ids.size());
+  if (std::error_code ec; std::filesystem::exists(flags.output, ec) &&
+                          !std::filesystem::is_regular_file(flags.output, ec)) {
+    // The finished file takes the place of what is there, which must not be a folder or a device.
+    throw Error(ErrorKind::usage, fmt::format("-o {} is no regular file", flags.output));
+  }
   LogitsFile file(flags.output, ids, n_rows, vocab);
   const auto append = [&](int64_t, int64_t n, const float* rows) {
     file.append(rows, static_cast<size_t>(n * vocab));

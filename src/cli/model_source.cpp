@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 namespace {
 
 /// The folder in models/ that is used without -m.
-constexpr const char* kDefaultModel = "krait-tales";
+constexpr const char* kDefaultModel = "hognose";
 
 /// Vocabularies are padded up to a multiple of at most this many rows, so a model that belongs to a
 /// tokenizer has that many ids or up to this many more.
