@@ -228,7 +228,7 @@ void PromptFlags::add(CLI::App& app, bool positional, bool trim) {
                     ->type_name("IDS");
 }
 
-Prompt PromptFlags::read() const {
+std::vector<CLI::Option*> PromptFlags::sources() const {
   std::vector<CLI::Option*> given;
   for (CLI::Option* o : {positional_option_, text_option_, file_option_, ids_option_}) {
     if (o != nullptr && o->count() > 0) given.push_back(o);
@@ -237,6 +237,16 @@ Prompt PromptFlags::read() const {
   if (std::any_of(given.begin(), given.end(), [](auto* o) { return on_command_line(*o); })) {
     std::erase_if(given, [](auto* o) { return !on_command_line(*o); });
   }
+  return given;
+}
+
+bool PromptFlags::given() const {
+  const std::vector<CLI::Option*> given = sources();
+  return !given.empty() && on_command_line(*given[0]);
+}
+
+Prompt PromptFlags::read() const {
+  const std::vector<CLI::Option*> given = sources();
   if (given.size() > 1) {
     throw Error(ErrorKind::usage, fmt::format("more than one prompt is given: {} and {}",
                                               given[0]->get_name(), given[1]->get_name()));

@@ -65,8 +65,12 @@ class PromptFlags {
   /// Errors: usage (none given, several given, text that is not UTF-8, ids that are no numbers,
   /// nothing on stdin), file.
   [[nodiscard]] Prompt read() const;
+  /// Whether the command line gives one.
+  [[nodiscard]] bool given() const;
 
  private:
+  [[nodiscard]] std::vector<CLI::Option*> sources() const;
+
   std::string positional_;
   std::string text_;
   std::string file_;

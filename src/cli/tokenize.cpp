@@ -95,6 +95,9 @@ void tokenize_lines(const TokenizeFlags& flags, const Tokenizer& tokenizer) {
 
 int tokenize(const TokenizeFlags& flags) {
   if (!flags.jsonl.empty()) {
+    if (flags.prompt.given()) {
+      throw Error(ErrorKind::usage, "--jsonl and another text exclude each other");
+    }
     tokenize_lines(flags, *open(flags.model));
     return 0;
   }
