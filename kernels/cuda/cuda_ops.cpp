@@ -88,9 +88,8 @@ class CudaOps final : public Ops {
       size_t total = 0;
       KRAIT_CUDA(cudaMemGetInfo(&free, &total));
       throw Error(ErrorKind::device,
-                  fmt::format("out of GPU memory: {} needs {:.2f} GB, {:.2f} of {:.2f} GB are free",
-                              what, static_cast<double>(bytes) / 1e9,
-                              static_cast<double>(free) / 1e9, static_cast<double>(total) / 1e9),
+                  fmt::format("out of GPU memory: {} needs {} bytes, {} of {} are free", what,
+                              bytes, free, total),
                   "use a smaller --prefill-chunk, fewer sequences, --dtype bf16, or --device cpu");
     }
     KRAIT_CUDA(status);

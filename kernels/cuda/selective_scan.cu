@@ -76,6 +76,14 @@ struct StretchInputs {
   T x[kPerSegment], dt[kPerSegment], z[kPerSegment];
 };
 
+/// A thread's share of a tile's B and C, which all channels of the block use.
+constexpr int kShare = kTile * kStates / kThreads;
+static_assert(kTile * kStates % kThreads == 0);
+template <typename T>
+struct SharedInputs {
+  T B[kShare], C[kShare];
+};
+
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads, KRAIT_SCAN_BLOCKS)
     selective_scan_kernel(ScanPointers<T> p, ScanShape shape, S* ssm_state) {
@@ -120,14 +128,30 @@ __global__ void __launch_bounds__(kThreads, KRAIT_SCAN_BLOCKS)
       const int64_t at = t0 + segment * kPerSegment + i;
       const bool inside = live && at < len;
       const int64_t t = begin + at;
-      in.x[i] = inside ? p.x[t * shape.x_stride + e] : T(0.0F);
-      in.dt[i] = inside ? p.dt[t * shape.dt_stride + e] : T(0.0F);
-      in.z[i] = inside ? p.z[t * shape.z_stride + e] : T(0.0F);
+      in.x[i] = inside ? __ldcg(p.x + t * shape.x_stride + e) : T(0.0F);
+      in.dt[i] = inside ? __ldcg(p.dt + t * shape.dt_stride + e) : T(0.0F);
+      in.z[i] = inside ? __ldcg(p.z + t * shape.z_stride + e) : T(0.0F);
+    }
+    return in;
+  };
+
+  // This thread's share of B and C of one tile and one group of states.
+  const auto load_BC = [&](int64_t t0, int n0) {
+    SharedInputs<T> in;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int at = i * kThreads + static_cast<int>(threadIdx.x);
+      const int64_t t = begin + t0 + at / kStates;
+      const int n = n0 + at % kStates;
+      const bool inside = t < begin + len && n < shape.d_state;
+      in.B[i] = inside ? __ldcg(p.B + t * shape.B_stride + n) : T(0.0F);
+      in.C[i] = inside ? __ldcg(p.C + t * shape.C_stride + n) : T(0.0F);
     }
     return in;
   };
 
   StretchInputs<T> next = load(0);
+  SharedInputs<T> next_BC = load_BC(0, 0);
   for (int64_t t0 = 0; t0 < len; t0 += kTile) {
     const StretchInputs<T> in = next;
     const int64_t first = t0 + segment * kPerSegment;
@@ -142,21 +166,22 @@ __global__ void __launch_bounds__(kThreads, KRAIT_SCAN_BLOCKS)
       dt_sum += dt[i];
       y[i] = D * x;
     }
-    // y of this tile may lie over x or dt of this tile, never of the next.
+    // y of this tile may lie over x or dt of this tile, never over those of the next. The loads
+    // name the global space (__ldcg): a generic load could not be moved past stores to shared
+    // memory.
     if (t0 + kTile < len) next = load(t0 + kTile);
 
     for (int n0 = 0; n0 < shape.d_state; n0 += kStates) {
       const int n_here = min(kStates, shape.d_state - n0);
       __syncthreads();  // the last readers of B, C and state are done; carry is written
-      for (int i = threadIdx.x; i < kTile * kStates; i += kThreads) {
-        const int64_t t = t0 + i / kStates;
-        const int n = i % kStates;
-        const bool inside = t < len && n < n_here;
-        const float B = inside ? to_float(p.B[(begin + t) * shape.B_stride + n0 + n]) : 0.0F;
-        const float C = inside ? to_float(p.C[(begin + t) * shape.C_stride + n0 + n]) : 0.0F;
-        reinterpret_cast<float*>(tile.B)[i] = B;
-        reinterpret_cast<float*>(tile.C)[i] = C;
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        const int at = i * kThreads + static_cast<int>(threadIdx.x);
+        reinterpret_cast<float*>(tile.B)[at] = to_float(next_BC.B[i]);
+        reinterpret_cast<float*>(tile.C)[at] = to_float(next_BC.C[i]);
       }
+      const bool last_group = n0 + kStates >= shape.d_state;
+      next_BC = load_BC(last_group ? t0 + kTile : t0, last_group ? 0 : n0 + kStates);
 
       // 1. The stretch from zero.
       float decay[kPerSegment][kStates];
