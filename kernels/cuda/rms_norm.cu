@@ -1,7 +1,9 @@
 // rms_norm.cu - out = x * rsqrt(mean(x^2) + eps) * weight, per row.
 //
 // Shapes   x f32 [n, d], weight f32 [d], out T [n, d]
-// Launch   one block of 256 threads per row; the second pass finds the row in L1
+// Launch   one block per row, as many threads as the row has groups of 4 elements, up to 1024: in a
+//          decode step latency decides. A thread keeps up to kQuads groups in registers, so that the
+//          row is read once. Rows that don't divide into aligned groups are walked twice.
 // Bytes    n * d * (4 + sizeof(T)) + 4 * d
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
@@ -10,28 +12,72 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;
+
+/// The sum of `v` over the block, in every thread.
+__device__ float block_sum(float v) {
+  __shared__ float partial[kMaxThreads / 32];
+  const int warps = static_cast<int>(blockDim.x / 32);
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return warp_sum(lane < warps ? partial[lane] : 0.0F);
+}
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(T* out, const float* x, const float* weight, float eps, int64_t d,
+struct alignas(4 * sizeof(T)) Quad {
+  T v[4];
+};
+
+template <typename T, int kQuads>
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_kernel(T* out, const float* x, const float* weight, float eps, int d,
                     int64_t out_stride, int64_t x_stride) {
+  // The weights don't depend on the kernel before this one: they are on their way while it ends.
+  float4 w[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int i = 4 * static_cast<int>(threadIdx.x + q * blockDim.x);
+    w[q] = i < d ? *reinterpret_cast<const float4*>(weight + i) : float4{};
+  }
+  after_previous();
+
+  const float* row = x + blockIdx.x * x_stride;
+  float4 v[kQuads];
+  float sum = 0.0F;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int i = 4 * static_cast<int>(threadIdx.x + q * blockDim.x);
+    v[q] = i < d ? *reinterpret_cast<const float4*>(row + i) : float4{};
+  }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    sum += v[q].x * v[q].x + v[q].y * v[q].y + v[q].z * v[q].z + v[q].w * v[q].w;
+  }
+  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(d) + eps);
+  T* y = out + blockIdx.x * out_stride;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int i = 4 * static_cast<int>(threadIdx.x + q * blockDim.x);
+    if (i >= d) break;
+    *reinterpret_cast<Quad<T>*>(y + i) = {
+        from_float<T>(v[q].x * scale * w[q].x), from_float<T>(v[q].y * scale * w[q].y),
+        from_float<T>(v[q].z * scale * w[q].z), from_float<T>(v[q].w * scale * w[q].w)};
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_any_kernel(T* out, const float* x, const float* weight, float eps, int64_t d,
+                        int64_t out_stride, int64_t x_stride) {
   after_previous();
   const float* row = x + blockIdx.x * x_stride;
   float sum = 0.0F;
-  for (int64_t i = threadIdx.x; i < d; i += kThreads) sum = fmaf(row[i], row[i], sum);
-
-  __shared__ float partial[kThreads / 32];
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
-  __syncthreads();
-  float total = 0.0F;
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) total += partial[w];
-
-  const float scale = rsqrtf(total / static_cast<float>(d) + eps);
+  for (int64_t i = threadIdx.x; i < d; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
+  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(d) + eps);
   T* y = out + blockIdx.x * out_stride;
-  for (int64_t i = threadIdx.x; i < d; i += kThreads)
+  for (int64_t i = threadIdx.x; i < d; i += blockDim.x)
     y[i] = from_float<T>(row[i] * scale * weight[i]);
 }
 
@@ -39,11 +85,26 @@ __global__ void __launch_bounds__(kThreads)
 
 void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps,
               cudaStream_t stream) {
+  const int64_t d = x.dim(1);
+  const auto rows = static_cast<unsigned>(x.dim(0));
+  const bool quads = d % 4 == 0 && d <= 4 * 4 * kMaxThreads && aligned16(x) && aligned16(weight) &&
+                     reinterpret_cast<uintptr_t>(out.data) % 16 == 0 && out.row_stride % 4 == 0;
   visit_type(out.dtype, "rms_norm out", [&](auto t) {
     using T = decltype(t);
-    launch("rms_norm", rms_norm_kernel<T>, static_cast<unsigned>(x.dim(0)), kThreads, 0, stream,
-           out.as<T>(), x.as<float>(), weight.as<float>(), eps, x.dim(1), out.row_stride,
-           x.row_stride);
+    if (!quads) {
+      launch("rms_norm", rms_norm_any_kernel<T>, rows, 256, 0, stream, out.as<T>(), x.as<float>(),
+             weight.as<float>(), eps, d, out.row_stride, x.row_stride);
+      return;
+    }
+    const auto run = [&](auto* kernel, int64_t per_thread) {
+      const auto threads = static_cast<unsigned>(ceil_div(ceil_div(d, 4 * per_thread), 32) * 32);
+      launch("rms_norm", kernel, rows, threads, 0, stream, out.as<T>(), x.as<float>(),
+             weight.as<float>(), eps, static_cast<int>(d), out.row_stride, x.row_stride);
+    };
+    const int64_t groups = d / 4;
+    if (groups <= kMaxThreads) return run(&rms_norm_kernel<T, 1>, 1);
+    if (groups <= 2 * kMaxThreads) return run(&rms_norm_kernel<T, 2>, 2);
+    run(&rms_norm_kernel<T, 4>, 4);
   });
 }
 
