@@ -85,7 +85,7 @@ int32_t AddedTokens::Trie::child(int32_t node, char byte) const {
 std::pair<const AddedToken*, size_t> AddedTokens::Trie::longest(std::string_view text, size_t pos,
                                                                 bool special) const {
   std::pair<const AddedToken*, size_t> best{nullptr, 0};
-  if (root_.empty()) return best;
+  if (!begins(text[pos])) return best;
   int32_t node = root_[static_cast<unsigned char>(text[pos])];
   for (size_t i = pos + 1; node >= 0; ++i) {
     const AddedToken* token = nodes_[static_cast<size_t>(node)].token;
@@ -102,6 +102,10 @@ std::vector<Section> AddedTokens::split(std::string_view text, bool normalized,
   std::vector<Section> sections;
   size_t done = 0;  // everything before is in a section
   for (size_t pos = 0; pos < text.size();) {
+    if (!trie.begins(text[pos])) {
+      ++pos;
+      continue;
+    }
     const auto [token, length] = trie.longest(text, pos, special);
     if (token == nullptr) {
       ++pos;
@@ -120,6 +124,9 @@ std::vector<Section> AddedTokens::split(std::string_view text, bool normalized,
         if (!unicode::is_white_space(unicode::next(text, before).code)) break;
         begin = before;
       }
+      // What the token before has taken along is gone, and with it this token if that is all.
+      begin = std::max(begin, done);
+      if (begin >= end) continue;
     }
     if (token->rstrip) {
       while (end < text.size()) {
@@ -130,7 +137,7 @@ std::vector<Section> AddedTokens::split(std::string_view text, bool normalized,
     }
     if (begin > done) sections.push_back({text.substr(done, begin - done), std::nullopt});
     sections.push_back({text.substr(begin, end - begin), token->id});
-    done = std::max(done, end);
+    done = end;
   }
   if (done < text.size()) sections.push_back({text.substr(done), std::nullopt});
   return sections;

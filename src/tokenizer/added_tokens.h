@@ -50,6 +50,10 @@ class AddedTokens {
   class Trie {
    public:
     void insert(std::string_view text, const AddedToken* token);
+    /// Whether any token begins with this byte: settles most positions of a text.
+    [[nodiscard]] bool begins(char byte) const {
+      return !root_.empty() && root_[static_cast<unsigned char>(byte)] >= 0;
+    }
     /// The longest token that begins at `pos`, and its length.
     [[nodiscard]] std::pair<const AddedToken*, size_t> longest(std::string_view text, size_t pos,
                                                                bool special) const;

@@ -152,16 +152,10 @@ const std::string* Bpe::token(int32_t id) const {
   return &tokens_[static_cast<size_t>(id)];
 }
 
-int32_t Bpe::character(std::string_view c, bool first, bool last) const {
-  if (prefix_.empty() && suffix_.empty()) {
-    const char32_t code = unicode::next(c, 0).code;
-    return code < kDirect ? ascii_and_latin_[code] : token_id(c).value_or(-1);
-  }
-  std::string s;
-  if (!first) s += prefix_;
-  s += c;
-  if (last) s += suffix_;
-  return token_id(s).value_or(-1);
+int32_t Bpe::symbol(std::string_view s) const {
+  const unicode::Char c = unicode::next(s, 0);
+  return c.length == s.size() && c.code < kDirect ? ascii_and_latin_[c.code]
+                                                  : token_id(s).value_or(-1);
 }
 
 void Bpe::characters(std::string_view word, std::vector<int32_t>& ids) const {
@@ -170,11 +164,19 @@ void Bpe::characters(std::string_view word, std::vector<int32_t>& ids) const {
     if (unknown) ids.push_back(*unk_);
     unknown = false;
   };
+  const bool plain = prefix_.empty() && suffix_.empty();
+  std::string decorated;
   for (size_t pos = 0; pos < word.size();) {
-    const size_t length = unicode::next(word, pos).length;
-    const std::string_view c = word.substr(pos, length);
-    const int32_t id = character(c, pos == 0, pos + length == word.size());
-    pos += length;
+    std::string_view c = word.substr(pos, unicode::next(word, pos).length);
+    const bool first = pos == 0;
+    pos += c.size();
+    if (!plain) {
+      decorated = first ? "" : prefix_;
+      decorated += c;
+      if (pos == word.size()) decorated += suffix_;
+      c = decorated;
+    }
+    const int32_t id = symbol(c);
     if (id >= 0) {
       close();
       ids.push_back(id);
@@ -284,21 +286,43 @@ void Bpe::merge_long(std::vector<int32_t>& ids, size_t from) const {
   for (uint32_t i = 0; i != kEnd; i = symbols[i].next) ids.push_back(symbols[i].id);
 }
 
+WordCache::Entry& WordCache::slot_of(std::string_view word, size_t hash) {
+  const size_t mask = table_.size() - 1;
+  size_t i = hash & mask;
+  while (table_[i].length != 0 &&
+         !(table_[i].hash == hash &&
+           word == std::string_view(keys_).substr(table_[i].key, table_[i].length))) {
+    i = (i + 1) & mask;
+  }
+  return table_[i];
+}
+
+void WordCache::grow() {
+  std::vector<Entry> old(std::max<size_t>(64, 4 * table_.size()));
+  old.swap(table_);
+  for (const Entry& e : old) {
+    if (e.length != 0) slot_of(std::string_view(keys_).substr(e.key, e.length), e.hash) = e;
+  }
+}
+
 void WordCache::encode(const Bpe& bpe, std::string_view word, std::vector<int32_t>& ids) {
-  if (word.size() > kMaxWord) return bpe.encode(word, ids);
-  key_ = word;
-  const auto it = words_.find(key_);
-  if (it != words_.end()) {
-    ids.insert(ids.end(), ids_.begin() + static_cast<ptrdiff_t>(it->second.begin),
-               ids_.begin() + static_cast<ptrdiff_t>(it->second.end));
+  if (word.empty() || word.size() > kMaxWord) return bpe.encode(word, ids);
+  if (2 * size_ >= table_.size() && size_ < kMaxWords) grow();
+  const size_t hash = std::hash<std::string_view>{}(word);
+  Entry& entry = slot_of(word, hash);
+  if (entry.length != 0) {
+    const auto begin = ids_.begin() + entry.ids;
+    ids.insert(ids.end(), begin, begin + entry.count);
     return;
   }
   const size_t from = ids.size();
   bpe.encode(word, ids);
-  if (words_.size() >= kMaxWords) return;
-  const size_t begin = ids_.size();
+  if (size_ >= kMaxWords) return;
+  entry = {hash, static_cast<uint32_t>(keys_.size()), static_cast<uint32_t>(word.size()),
+           static_cast<uint32_t>(ids_.size()), static_cast<uint32_t>(ids.size() - from)};
+  keys_ += word;
   ids_.insert(ids_.end(), ids.begin() + static_cast<ptrdiff_t>(from), ids.end());
-  words_.emplace(key_, Entry{begin, ids_.size()});
+  ++size_;
 }
 
 }  // namespace krait

@@ -55,9 +55,10 @@ class Bpe {
  private:
   void read_vocab(const JsonNode& vocab);
   void read_merges(const JsonNode& merges);
-  /// The word's characters as tokens; what to do with one that is none is the model's choice.
+  /// The word's characters as tokens; for one that is none its bytes, the unknown token or nothing.
   void characters(std::string_view word, std::vector<int32_t>& ids) const;
-  [[nodiscard]] int32_t character(std::string_view c, bool first, bool last) const;
+  /// token_id() with a table for single characters; -1 for none. `s` is not empty.
+  [[nodiscard]] int32_t symbol(std::string_view s) const;
   void merge_short(std::vector<int32_t>& ids, size_t from) const;
   void merge_long(std::vector<int32_t>& ids, size_t from) const;
 
@@ -84,12 +85,18 @@ class WordCache {
   static constexpr size_t kMaxWord = 64;        // bytes; longer words rarely come twice
   static constexpr size_t kMaxWords = 1 << 17;  // bounds memory to some 20 MB
   struct Entry {
-    size_t begin;
-    size_t end;
+    size_t hash = 0;
+    uint32_t key = 0;     // where the word begins in keys_
+    uint32_t length = 0;  // its bytes; 0: the slot is free
+    uint32_t ids = 0;     // where its ids begin in ids_
+    uint32_t count = 0;
   };
-  std::unordered_map<std::string, Entry> words_;
+  [[nodiscard]] Entry& slot_of(std::string_view word, size_t hash);
+  void grow();
+  std::vector<Entry> table_;  // open addressing, at most half full
+  size_t size_ = 0;
+  std::string keys_;
   std::vector<int32_t> ids_;
-  std::string key_;
 };
 
 }  // namespace krait

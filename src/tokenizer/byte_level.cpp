@@ -31,20 +31,23 @@ constexpr auto kByteOf = [] {
 
 enum class Class : uint8_t { other, letter, number, space };
 
-Class class_of_slow(char32_t c) {
+Class class_beyond_ascii(char32_t c) {
   if (unicode::is_letter(c)) return Class::letter;
   if (unicode::is_numeric(c)) return Class::number;
   return unicode::is_white_space(c) ? Class::space : Class::other;
 }
 
-Class class_of(char32_t c) {
-  static const auto ascii = [] {
-    std::array<Class, 128> table{};
-    for (size_t i = 0; i < 128; ++i) table[i] = class_of_slow(static_cast<char32_t>(i));
-    return table;
-  }();
-  return c < 128 ? ascii[c] : class_of_slow(c);
-}
+constexpr auto kAsciiClass = [] {
+  std::array<Class, 128> table{};  // other
+  for (size_t c = 0; c < 128; ++c) {
+    if (c >= '0' && c <= '9') table[c] = Class::number;
+    if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z')) table[c] = Class::letter;
+    if ((c >= '\t' && c <= '\r') || c == ' ') table[c] = Class::space;
+  }
+  return table;
+}();
+
+Class class_of(char32_t c) { return c < 128 ? kAsciiClass[c] : class_beyond_ascii(c); }
 
 /// Length of a contraction at the apostrophe text[pos], or 0.
 size_t contraction(std::string_view text, size_t pos) {
@@ -91,8 +94,17 @@ char32_t char_of(unsigned char byte) { return kCharOf[byte]; }
 
 int byte_of(char32_t c) { return c < kByteOf.size() ? kByteOf[c] : -1; }
 
-void append_mapped(std::string& out, std::string_view bytes) {
-  for (const char b : bytes) unicode::append(out, char_of(static_cast<unsigned char>(b)));
+char* map(std::string_view bytes, char* out) {
+  for (const char b : bytes) {
+    const auto c = kCharOf[static_cast<unsigned char>(b)];
+    if (c < 0x80) {
+      *out++ = static_cast<char>(c);
+    } else {
+      *out++ = static_cast<char>(0xC0 | c >> 6);
+      *out++ = static_cast<char>(0x80 | (c & 0x3F));
+    }
+  }
+  return out;
 }
 
 std::string unmapped(std::string_view token) {
@@ -108,10 +120,10 @@ std::string unmapped(std::string_view token) {
   return bytes;
 }
 
-void split_words(std::string_view text, size_t base, std::vector<size_t>& ends) {
+void split_words(std::string_view text, std::vector<size_t>& ends) {
   for (size_t pos = 0; pos < text.size();) {
     pos = word_end(text, pos);
-    ends.push_back(base + pos);
+    ends.push_back(pos);
   }
 }
 

@@ -46,7 +46,8 @@ Decoder::Decoder(const JsonNode* node) {
   if (node != nullptr) {
     add(*node, 0);
   } else {
-    steps_.emplace_back([](std::string token, bool first) { return first ? token : " " + token; });
+    steps_.emplace_back(
+        [](std::string token, bool first) { return token.insert(0, first ? 0 : 1, ' '); });
   }
 }
 

@@ -17,11 +17,14 @@ namespace krait {
 namespace {
 
 // The insides of character classes, as Oniguruma defines \s and \w on Unicode text. PCRE2's own \s
-// also holds U+180E, and its \w is L, N and the underscore only.
+// also holds U+180E, and its \w is L, N and the underscore only; Oniguruma's is Alphabetic, M, Nd
+// and Pc, and outside of brackets also the other numbers of Latin-1.
 constexpr std::string_view kSpace =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-constexpr std::string_view kWord =
+constexpr std::string_view kWordInClass =
     R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
+constexpr std::string_view kWord =
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189}\x{b2}\x{b3}\x{b9}\x{bc}-\x{be})";
 constexpr std::string_view kHex = "0-9A-Fa-f";
 
 using Code = std::unique_ptr<pcre2_code, decltype(&pcre2_code_free)>;
@@ -128,7 +131,7 @@ class Translator {
         // PCRE2's \S is right but for U+180E.
         return in_class_ ? replace(2, R"(\S\x{180e})") : shorthand(kSpace, true);
       case 'w':
-        return shorthand(kWord, false);
+        return shorthand(in_class_ ? kWordInClass : kWord, false);
       case 'W':
         if (in_class_) unsupported(R"(\W inside a class)");
         return shorthand(kWord, true);
@@ -198,12 +201,15 @@ class Translator {
 /// What one search through a text needs beside the compiled pattern.
 class Matcher {
  public:
-  explicit Matcher(const pcre2_code* code)
+  Matcher(const pcre2_code* code, size_t text_size)
       : code_(code),
         data_(pcre2_match_data_create_from_pattern(code, nullptr), pcre2_match_data_free),
         context_(pcre2_match_context_create(nullptr), pcre2_match_context_free) {
     if (!data_ || !context_) throw std::bad_alloc();
-    pcre2_set_match_limit(context_.get(), 1'000'000);  // ends a pattern that explodes
+    // Ends a pattern that explodes; one long word alone takes a few steps for each byte.
+    constexpr size_t kSteps = 10'000'000;
+    const size_t limit = std::min<size_t>(kSteps + 32 * text_size, UINT32_MAX);
+    pcre2_set_match_limit(context_.get(), static_cast<uint32_t>(limit));
   }
 
   /// 1: found, 0: no match from `from` on, negative: an error of PCRE2.
@@ -283,7 +289,7 @@ std::vector<Match> Pattern::find_all(std::string_view text) const {
     return matches;
   }
 
-  Matcher matcher(static_cast<const pcre2_code*>(code_.get()));
+  Matcher matcher(static_cast<const pcre2_code*>(code_.get()), text.size());
   size_t from = 0;
   while (from <= text.size()) {
     Match m{};

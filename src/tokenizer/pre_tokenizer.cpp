@@ -154,8 +154,8 @@ class ByteLevel : public PreTokenizer {
       : add_prefix_space_(add_prefix_space), use_regex_(use_regex) {}
 
   void apply(Words& words) const override {
-    std::string mapped;
-    mapped.reserve(words.text.size() + words.text.size() / 2);
+    std::string mapped(2 * (words.text.size() + words.spans.size()), '\0');
+    char* out = mapped.data();
     std::vector<Words::Span> spans;
     std::vector<size_t> ends;
     std::string prefixed;
@@ -168,18 +168,19 @@ class ByteLevel : public PreTokenizer {
       }
       ends.clear();
       if (use_regex_) {
-        byte_level::split_words(word, 0, ends);
+        byte_level::split_words(word, ends);
       } else {
         ends.push_back(word.size());
       }
-      size_t begin = 0;
+      size_t done = 0;
       for (const size_t end : ends) {
-        const size_t at = mapped.size();
-        byte_level::append_mapped(mapped, word.substr(begin, end - begin));
-        spans.push_back({at, mapped.size()});
-        begin = end;
+        const auto begin = static_cast<size_t>(out - mapped.data());
+        out = byte_level::map(word.substr(done, end - done), out);
+        spans.push_back({begin, static_cast<size_t>(out - mapped.data())});
+        done = end;
       }
     }
+    mapped.resize(static_cast<size_t>(out - mapped.data()));
     words.text = std::move(mapped);
     words.spans = std::move(spans);
   }

@@ -8,10 +8,10 @@
 namespace krait {
 
 struct SpecialNames {
-  std::optional<std::string> bos;  ///< token text
-  std::optional<std::string> eos;
-  std::optional<bool> add_bos;  ///< add_bos_token, add_eos_token
-  std::optional<bool> add_eos;
+  std::optional<std::string> bos{};  ///< token text
+  std::optional<std::string> eos{};
+  std::optional<bool> add_bos{};  ///< add_bos_token, add_eos_token
+  std::optional<bool> add_eos{};
 };
 
 /// From tokenizer_config.json, then special_tokens_map.json, in `folder`; both may be missing.
