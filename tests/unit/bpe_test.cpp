@@ -4,7 +4,7 @@
 #include <rapidcheck.h>
 #include <rapidcheck/gtest.h>
 
-#include <chrono>
+#include <ctime>
 
 #include "support/test_support.h"
 
@@ -184,9 +184,9 @@ TEST(Bpe, AMegabyteWithoutASpaceIsNotQuadratic) {
     merges.push_back(tokens.back() + " " + tokens.back());
     tokens.push_back(tokens.back() + tokens.back());
   }
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();
   EXPECT_EQ(encode(model_of(tokens, merges), std::string(1 << 20, 'a')), Ids(256, 12));
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+  EXPECT_LT(std::clock() - start, 10 * CLOCKS_PER_SEC);  // CPU time
 }
 
 TEST(Bpe, Errors) {

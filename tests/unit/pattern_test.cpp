@@ -1,6 +1,6 @@
 #include "tokenizer/pattern.h"
 
-#include <chrono>
+#include <ctime>
 
 #include "support/test_support.h"
 
@@ -101,11 +101,11 @@ TEST(Pattern, AMegabyteIsFastAndNeedsNoStack) {
   const Pattern p = Pattern::regex(
       R"([^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
       "test");
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();
   EXPECT_EQ(p.find_all(std::string(1 << 20, 'a')).size(), 1U);
   EXPECT_EQ(p.find_all(std::string(1 << 20, ' ') + "a").size(), 2U);
   EXPECT_EQ(p.find_all(std::string(1 << 20, '\n')).size(), 1U);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::clock() - start, 5 * CLOCKS_PER_SEC);  // CPU time
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include <rapidcheck.h>
 #include <rapidcheck/gtest.h>
 
-#include <chrono>
+#include <ctime>
 
 #include "support/test_support.h"
 
@@ -123,9 +123,9 @@ RC_GTEST_PROP(Unicode, NormalFormsRelateAsTheStandardSays, ()) {
 TEST(Unicode, AMegabyteOfMarksInTheWrongOrderIsNotQuadratic) {
   std::string marks = "a";
   while (marks.size() < (1U << 20)) marks += "\u0301\u0323";
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();
   const std::string sorted = normalize(marks, Form::nfd);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::clock() - start, 5 * CLOCKS_PER_SEC);  // CPU time
   EXPECT_EQ(sorted.size(), marks.size());
   EXPECT_EQ(sorted.substr(0, 5), "a\u0323\u0323");
 }
