@@ -33,16 +33,16 @@ HWY_INLINE void tile(float* HWY_RESTRICT out, int64_t out_stride, const float* H
                      const float* HWY_RESTRICT bias, bool add) {
   const F32 d;
   V32 sum[kRows][kTokens];
-  for (auto& row : sum) {
-    for (auto& s : row) s = hn::Zero(d);
+  KRAIT_UNROLL for (int r = 0; r < kRows; ++r) {
+    KRAIT_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = hn::Zero(d);
   }
   const int64_t n = lanes();
   const auto step = [&](int64_t k, auto&& load_weight, auto&& load_input) HWY_ATTR {
     V32 w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = load_weight(weight + r * n_in + k);
-    for (int t = 0; t < kTokens; ++t) {
+    KRAIT_UNROLL for (int r = 0; r < kRows; ++r) w[r] = load_weight(weight + r * n_in + k);
+    KRAIT_UNROLL for (int t = 0; t < kTokens; ++t) {
       const V32 x = load_input(in + t * in_stride + k);
-      for (int r = 0; r < kRows; ++r) sum[r][t] = hn::MulAdd(w[r], x, sum[r][t]);
+      KRAIT_UNROLL for (int r = 0; r < kRows; ++r) sum[r][t] = hn::MulAdd(w[r], x, sum[r][t]);
     }
   };
   int64_t k = 0;
@@ -55,8 +55,8 @@ HWY_INLINE void tile(float* HWY_RESTRICT out, int64_t out_stride, const float* H
     const auto rest = [&](const auto* p) HWY_ATTR { return load_n(p, n_in - k); };
     step(k, rest, rest);
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int r = 0; r < kRows; ++r) {
+  KRAIT_UNROLL for (int t = 0; t < kTokens; ++t) {
+    KRAIT_UNROLL for (int r = 0; r < kRows; ++r) {
       float value = hn::GetLane(hn::SumOfLanes(d, sum[r][t]));
       if (bias != nullptr) value += bias[r];
       float& to = out[t * out_stride + r];

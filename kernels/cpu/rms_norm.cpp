@@ -25,7 +25,7 @@ void normalise(float* HWY_RESTRICT out, const float* x, const float* weight, int
   for (V32& s : sum) s = hn::Zero(f32);
   int64_t i = 0;
   for (; i + 4 * n <= d; i += 4 * n) {
-    for (int64_t j = 0; j < 4; ++j) {
+    KRAIT_UNROLL for (int64_t j = 0; j < 4; ++j) {
       const V32 v = load(x + i + j * n);
       sum[j] = hn::MulAdd(v, v, sum[j]);
     }

@@ -58,7 +58,7 @@ HWY_INLINE void recur(Tile& tile, int64_t c, int64_t n_tok) {
   const int64_t padded = kVectors * n;
   V32 A[kVectors];
   V32 h[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
+  KRAIT_UNROLL for (int v = 0; v < kVectors; ++v) {
     A[v] = hn::Load(d, tile.A + c * padded + v * n);
     h[v] = hn::Load(d, tile.h + c * padded + v * n);
   }
@@ -66,10 +66,11 @@ HWY_INLINE void recur(Tile& tile, int64_t c, int64_t n_tok) {
     const V32 dt = hn::Set(d, tile.dt[t * kChannels + c]);
     const V32 dtx = hn::Set(d, tile.dtx[t * kChannels + c]);
     V32 sum = hn::Zero(d);
-    for (int v = 0; v < kVectors; ++v) step(tile, t, padded, v * n, A[v], dt, dtx, h[v], sum);
+    KRAIT_UNROLL for (int v = 0; v < kVectors; ++v)
+        step(tile, t, padded, v * n, A[v], dt, dtx, h[v], sum);
     tile.sum[t * kChannels + c] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
-  for (int v = 0; v < kVectors; ++v) hn::Store(h[v], d, tile.h + c * padded + v * n);
+  KRAIT_UNROLL for (int v = 0; v < kVectors; ++v) hn::Store(h[v], d, tile.h + c * padded + v * n);
 }
 
 /// The same for any number of states, h in memory.

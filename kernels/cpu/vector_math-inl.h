@@ -14,6 +14,14 @@
 
 #include "base/dtype.h"
 
+// Before a loop over an array of vectors: the array lies in registers only if the loop is unrolled,
+// which GCC does by itself at -O3 alone.
+#if defined(__GNUC__) && !defined(__clang__)
+#define KRAIT_UNROLL _Pragma("GCC unroll 8")
+#else
+#define KRAIT_UNROLL
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace krait::cpu::HWY_NAMESPACE {
 
