@@ -21,10 +21,9 @@ namespace {
 // and Pc, and outside of brackets also the other numbers of Latin-1.
 constexpr std::string_view kSpace =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-constexpr std::string_view kWordInClass =
-    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
 constexpr std::string_view kWord =
-    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189}\x{b2}\x{b3}\x{b9}\x{bc}-\x{be})";
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
+constexpr std::string_view kLatin1Numbers = R"(\x{b2}\x{b3}\x{b9}\x{bc}-\x{be})";
 constexpr std::string_view kHex = "0-9A-Fa-f";
 
 using Code = std::unique_ptr<pcre2_code, decltype(&pcre2_code_free)>;
@@ -113,12 +112,14 @@ class Translator {
     take(1);
   }
 
-  // (?m) means "dot matches newline" to Ruby and "multi-line" to Perl.
+  // (?m) means "dot matches newline" to Ruby and "multi-line" to Perl; behind (?x) a bracket may be
+  // part of a comment; (*...) is a verb to Perl alone.
   void check_group() const {
+    if (in_.substr(pos_, 2) == "(*") unsupported("a group that begins with *");
     if (in_.substr(pos_, 2) != "(?") return;
     for (size_t i = pos_ + 2; i < in_.size(); ++i) {
-      if (in_[i] == 'm') unsupported("the flag (?m)");
-      if (in_[i] != 'i' && in_[i] != 'x' && in_[i] != '-') return;
+      if (in_[i] == 'm' || in_[i] == 'x') unsupported(fmt::format("the flag {}", in_[i]));
+      if (in_[i] != 'i' && in_[i] != '-') return;
     }
   }
 
@@ -131,10 +132,10 @@ class Translator {
         // PCRE2's \S is right but for U+180E.
         return in_class_ ? replace(2, R"(\S\x{180e})") : shorthand(kSpace, true);
       case 'w':
-        return shorthand(in_class_ ? kWordInClass : kWord, false);
+        return in_class_ ? replace(2, kWord) : replace(2, word("["));
       case 'W':
         if (in_class_) unsupported(R"(\W inside a class)");
-        return shorthand(kWord, true);
+        return replace(2, word("[^"));
       case 'h':
         return shorthand(kHex, false);
       case 'H':
@@ -151,6 +152,8 @@ class Translator {
         return property();
       case 'K':  // may move the start of a match before the end of the last one
         unsupported("\\K");
+      case 'Q':  // quotes to Perl alone
+        unsupported("\\Q");
       default:
         return take(2);
     }
@@ -161,8 +164,12 @@ class Translator {
     replace(2, fmt::format("[{}{}]", negated ? "^" : "", inside));
   }
 
+  static std::string word(std::string_view bracket) {
+    return fmt::format("{}{}{}]", bracket, kWord, kLatin1Numbers);
+  }
+
   void boundary(bool at) {
-    const std::string w = fmt::format("[{}]", kWord);
+    const std::string w = word("[");
     replace(2, at ? fmt::format("(?:(?<={0})(?!{0})|(?<!{0})(?={0}))", w)
                   : fmt::format("(?:(?<={0})(?={0})|(?<!{0})(?!{0}))", w));
   }
