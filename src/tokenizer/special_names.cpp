@@ -46,6 +46,7 @@ SpecialNames read_special_names(const fs::path& folder) {
     const fs::path file = folder / name;
     std::error_code error;
     if (!fs::is_regular_file(file, error)) continue;
+    names.found = true;
     const auto json = parse_json(read_tokenizer_file(file), file.string());
     const JsonNode config(json, file.string());
     config.expect_object();

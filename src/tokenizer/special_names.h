@@ -8,6 +8,7 @@
 namespace krait {
 
 struct SpecialNames {
+  bool found = false;                ///< there are such files
   std::optional<std::string> bos{};  ///< token text
   std::optional<std::string> eos{};
   std::optional<bool> add_bos{};  ///< add_bos_token, add_eos_token

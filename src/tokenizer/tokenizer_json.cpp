@@ -35,9 +35,14 @@ class BpeTokenizer : public Tokenizer {
         added_(pointer(component(root, "added_tokens")), normalizer_.get()),
         bpe_(root.at("model")) {
     if (root.has("post_processor")) surround_ = read_post_processor(root.at("post_processor"));
-    // Without files that name them: GPT-2's one special token, or Llama's two.
-    bos_ = first_known({names.bos.value_or(""), "<s>", "<|endoftext|>"});
-    eos_ = first_known({names.eos.value_or(""), "</s>", "<|endoftext|>"});
+    if (names.found) {
+      bos_ = first_known({names.bos.value_or("")});
+      eos_ = first_known({names.eos.value_or("")});
+    } else {
+      // A tokenizer.json by itself does not say: Llama's two tokens or GPT-2's one, by custom.
+      bos_ = first_known({"<s>", "<|endoftext|>"});
+      eos_ = first_known({"</s>", "<|endoftext|>"});
+    }
   }
 
   [[nodiscard]] int64_t vocab_size() const override {

@@ -85,6 +85,9 @@ TEST(TokenizerJson, FilesBesideItNameTheEnds) {
   EXPECT_EQ(t->bos_id(), 0);  // "<s>" by custom
   EXPECT_EQ(t->eos_id(), std::nullopt);
 
+  write_file(dir.path() / "tokenizer_config.json", R"({"bos_token": null})");
+  EXPECT_EQ(open_tokenizer(dir.path())->bos_id(), std::nullopt);
+
   write_file(dir.path() / "special_tokens_map.json",
              R"({"bos_token": "b", "eos_token": {"content": "<|end|>", "lstrip": false}})");
   t = open_tokenizer(dir.path());
