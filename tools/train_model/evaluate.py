@@ -74,22 +74,25 @@ def choose(logits, past, rng, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, re
     return int(order[torch.multinomial(probs, 1, generator=rng)])
 
 
+def sampling_defaults(folder):
+    config = json.loads((Path(folder) / "generation_config.json").read_text())
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {k: config[k] for k in names if k in config}
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompt, n, seed, **sampling):
     """The text after the prompt; an empty prompt starts a new document."""
     end = tokenizer.eos_id()
     rng = torch.Generator().manual_seed(seed)
     ids = [end] + (tokenizer.encode(prompt) if prompt else [])
-    state = None
-    out = []
-    feed = ids
+    state, feed = None, ids
     for _ in range(n):
         logits, state = step(model, feed, state)
         token = choose(logits, ids[1:], rng, **sampling)
         if token == end:
             break
         ids.append(token)
-        out.append(token)
         feed = [token]
     return tokenizer.decode(ids[1:])
 
@@ -146,11 +149,7 @@ def main():
         size = sum(len(d.encode()) for d in docs)
         ids = data.encode_documents(docs, model_file)
         print(text, json.dumps(bits_per_byte(model, ids, size, tokenizer.eos_id(), a.length, a.limit)))
-    sampling = a.sampling
-    if sampling is None:
-        config = json.loads((Path(a.model) / "generation_config.json").read_text())
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        sampling = {k: config[k] for k in names if k in config}
+    sampling = sampling_defaults(a.model) if a.sampling is None else a.sampling
     for i in range(a.samples):
         print(f"--- seed {a.seed + i}")
         print(generate(model, tokenizer, a.prompt, a.n, a.seed + i, **sampling))

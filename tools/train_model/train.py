@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +27,17 @@ from model import Mamba, Shape, check_cuda_ops, describe, load_folder, save_fold
 
 @dataclass
 class Recipe:
-    d_model: int = 384
-    n_layer: int = 13
+    """The defaults are the recipe of models/hognose."""
+
+    d_model: int = 512
+    n_layer: int = 6
     length: int = 2048          # tokens of a training window
     batch: int = 16             # windows of a step
-    epochs: float = 16.0
-    lr: float = 2e-3
+    epochs: float = 12.71
+    lr: float = 4e-3
     warmup: int = 200           # steps
     betas: tuple = (0.9, 0.95)
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5
     dropout: float = 0.1
     clip: float = 1.0
     seed: int = 1
@@ -44,7 +46,6 @@ class Recipe:
     valid_tokens: int = 1 << 17
     scan: str = "cuda"
     device: str = "cuda"
-    extra: dict = field(default_factory=dict)
 
 
 def optimizer(model, r):
@@ -55,6 +56,18 @@ def optimizer(model, r):
     groups = [{"params": decay, "weight_decay": r.weight_decay},
               {"params": keep, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=r.lr, betas=r.betas, eps=1e-8, fused=r.device == "cuda")
+
+
+def random_state():
+    """What dropout draws from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), cuda
+
+
+def set_random_state(state):
+    torch.set_rng_state(state[0].cpu())
+    if state[1] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1].cpu())
 
 
 def schedule(step, progress, r):
@@ -85,6 +98,7 @@ def train(r, train_docs, valid, tokenizer, out=None, export=True, say=print, che
             model.load_state_dict(saved["model"])
             opt.load_state_dict(saved["optimizer"])
             step, spent, log = saved["step"], saved["spent"], saved["log"]
+            set_random_state(saved["random"])
             say(f"resumed at step {step}")
     say(f"shape {describe(shape)}; {tokens} tokens an epoch, {per_epoch} steps; {total} steps")
 
@@ -124,10 +138,11 @@ def train(r, train_docs, valid, tokenizer, out=None, export=True, say=print, che
         if out and checkpoint_every and time.time() - last_save > checkpoint_every:
             last_save = time.time()
             torch.save({"model": model.state_dict(), "optimizer": opt.state_dict(), "step": step,
-                        "spent": time.time() - start, "log": log}, out / "checkpoint.tmp")
+                        "spent": time.time() - start, "log": log, "random": random_state()},
+                       out / "checkpoint.tmp")
             (out / "checkpoint.tmp").rename(out / "checkpoint.pt")
             tic, seen = time.time(), 0
-        # Epochs are drawn from their own numbers, so a resumed run meets the same windows.
+        # Each epoch has a random stream of its own, so a resumed run meets the same windows.
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             rng = np.random.default_rng([r.seed, epoch])
