@@ -26,20 +26,19 @@ HWY_BEFORE_NAMESPACE();
 namespace krait::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr int64_t kChannels = 16;   // one cache line of x
-constexpr int64_t kMaxTokens = 64;  // of a tile
+constexpr int64_t kChannels = 64;  // four cache lines of a row of x
+constexpr int64_t kTokens = 16;    // of a tile
 constexpr int64_t kMaxState = 256;
-constexpr int64_t kTileStates = 2048;  // tokens x padded states: B and C of a tile take 16 KiB
 
 /// Scratch of one tile. States are padded with zeros to whole vectors: zeros stay zeros.
 struct Tile {
   HWY_ALIGN float A[kChannels * kMaxState];  ///< A * log2(e)
   HWY_ALIGN float h[kChannels * kMaxState];
-  HWY_ALIGN float B[kTileStates];
-  HWY_ALIGN float C[kTileStates];
-  HWY_ALIGN float dt[kMaxTokens * kChannels];   ///< after softplus
-  HWY_ALIGN float dtx[kMaxTokens * kChannels];  ///< dt * x
-  HWY_ALIGN float sum[kMaxTokens * kChannels];  ///< sum_n C * h
+  HWY_ALIGN float B[kTokens * kMaxState];
+  HWY_ALIGN float C[kTokens * kMaxState];
+  HWY_ALIGN float dt[kTokens * kChannels];   ///< after softplus
+  HWY_ALIGN float dtx[kTokens * kChannels];  ///< dt * x
+  HWY_ALIGN float sum[kTokens * kChannels];  ///< sum_n C * h
 };
 
 HWY_INLINE void step(const Tile& tile, int64_t t, int64_t padded, int64_t i, V32 A, V32 dt, V32 dtx,
@@ -99,7 +98,6 @@ void scan(const Tensor& y, const ScanInputs& in, State* state, int64_t begin, in
   const int64_t d_inner = in.A.dim(0);
   const int64_t d_state = in.A.dim(1);
   const int64_t padded = (d_state + n - 1) / n * n;
-  const int64_t tile_tokens = std::min(kMaxTokens, kTileStates / padded);
   const V32 log2e = hn::Set(d, 1.44269504F);
   Tile tile;
 
@@ -111,8 +109,8 @@ void scan(const Tensor& y, const ScanInputs& in, State* state, int64_t begin, in
       hn::Store(load_n(state + at, d_state - i), d, tile.h + c * padded + i);
     }
   }
-  for (int64_t first = begin; first < end; first += tile_tokens) {
-    const int64_t n_tok = std::min(tile_tokens, end - first);
+  for (int64_t first = begin; first < end; first += kTokens) {
+    const int64_t n_tok = std::min(kTokens, end - first);
     for (int64_t t = 0; t < n_tok; ++t) {
       const int64_t row = first + t;
       for (int64_t i = 0; i < padded; i += n) {

@@ -72,8 +72,11 @@ HWY_INLINE V32 exp2_of_nonpositive(V32 v) {
   const F32 d;
   const hn::RebindToSigned<F32> di;
   v = hn::Max(hn::Set(d, -126.0F), v);
-  const auto whole = hn::Round(v);
-  const auto f = hn::Sub(v, whole);
+  // Next to 1.5 * 2^23 floats are integers: the addition rounds v and leaves the integer in the low
+  // bits, from where a shift puts it into the exponent (the bits above fall out).
+  const auto magic = hn::Set(d, 12582912.0F);
+  const auto shifted = hn::Add(v, magic);
+  const auto f = hn::Sub(v, hn::Sub(shifted, magic));
   // 2^f = 1 + f * p(f) on [-1/2, 1/2]: p interpolates (2^f - 1) / f at the Chebyshev nodes, with a
   // relative error of 2^f under 2e-8.
   auto p = hn::Set(d, 0.000154531634F);
@@ -83,7 +86,7 @@ HWY_INLINE V32 exp2_of_nonpositive(V32 v) {
   p = hn::MulAdd(p, f, hn::Set(d, 0.240226507F));
   p = hn::MulAdd(p, f, hn::Set(d, 0.693147182F));
   p = hn::MulAdd(p, f, hn::Set(d, 1.0F));
-  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, whole));
+  const auto exponent = hn::ShiftLeft<23>(hn::BitCast(di, shifted));
   return hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
 }
 
