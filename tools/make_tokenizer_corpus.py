@@ -142,9 +142,9 @@ def model(algorithm, byte_fallback, pieces, normalizer):
     return b"".join(head + pieces) + field(2, trainer) + field(3, normalizer)
 
 
-def charsmap():
+def charsmap(root=0):
     """The one rule "A" -> "a" as a double array of 512 units (see check_charsmap in sentencepiece_model.cpp)."""
-    units = [0] * 512
+    units = [root] + [0] * 511
     units[0x41] = 0x41 | 1 << 8 | 0x100 << 10
     units[0x141] = 1 << 31
     return struct.pack("<I", 4 * 512) + struct.pack("<512I", *units) + b"a\0"
@@ -158,6 +158,7 @@ SENTENCEPIECE_SEEDS = {
     "bpe_bytes": model(2, True, PIECES, IDENTITY),
     "unigram": model(1, False, PIECES, field(3, 1) + field(4, 1)),
     "unigram_charsmap": model(1, False, PIECES, field(2, charsmap())),
+    "unigram_charsmap_root": model(1, False, PIECES, field(2, charsmap(1 << 31 | 0x3FFFFF << 10))),
     "word": model(3, False, PIECES, IDENTITY),
     "character": model(4, False, PIECES, IDENTITY),
     "twice": BPE + piece("a"),

@@ -152,7 +152,7 @@ void check_charsmap(std::string_view bytes, const std::string& name) {
   const size_t n = trie.size() / 4;
   for (size_t p = 0; p < n; ++p) {
     const uint32_t unit = little_endian(trie, 4 * p);
-    if ((unit >> 31) != 0) continue;
+    if (p != 0 && (unit >> 31) != 0) continue;  // no label matches it; the root is never matched
     const size_t offset = size_t{unit >> 10} << ((unit & (1U << 9)) >> 6);
     const size_t children = p ^ offset;
     if ((children | 0xFF) >= n) bad("points outside of itself");

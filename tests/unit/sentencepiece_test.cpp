@@ -163,6 +163,8 @@ TEST(SentencePieceModel, Damage) {
   std::string far = units;
   far[2] = '\x7F';  // an offset far outside
   EXPECT_TRUE(fails("points outside of itself", charsmap(trie_size + far + std::string(1, '\0'))));
+  far[3] = '\x80';  // at the root, the mark of a value does not keep the library from following it
+  EXPECT_TRUE(fails("points outside of itself", charsmap(trie_size + far + std::string(1, '\0'))));
 }
 
 TEST(SentencePieceModel, DamagedBytesNeverCrash) {
