@@ -54,12 +54,14 @@ def bits_per_byte(model, docs, size, end, length=2048, limit=None, context=None,
             "bits_per_byte": nats / math.log(2) * total / size}
 
 
-def choose(logits, past, rng, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           window=64):
-    """One token id: repetition penalty, top-k, top-p, min-p, temperature, in this order."""
+def choose(logits, past, rng, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """One token id: repetition penalty, top-k, top-p, min-p, temperature, in this order.
+
+    The penalty is that of transformers: every token of past counts, however far back.
+    """
     logits = logits.double().clone()
     if repetition_penalty != 1.0 and past:
-        seen = torch.tensor(sorted(set(past[-window:])))
+        seen = torch.tensor(sorted(set(past)))
         v = logits[seen]
         logits[seen] = torch.where(v > 0, v / repetition_penalty, v * repetition_penalty)
     values, order = logits.sort(descending=True)
