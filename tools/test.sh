@@ -2,11 +2,11 @@
 # Sets up, builds and runs the tests:  tools/test.sh [--quick] [--gpu] [--tidy]
 #
 #   (nothing)   everything that needs no GPU: formatting; all quick tests under AddressSanitizer and
-#               UBSan; all tests in release; each fuzzer for 20 seconds; the CUDA code compiled for
-#               one architecture where there is a toolkit
+#               UBSan; verbs, golden models, commands and slow tests again in release; each fuzzer
+#               for 20 seconds; the CUDA code compiled for one architecture where there is a toolkit
 #   --quick     for the desk: the quick tests, debug build, nothing else
 #   --gpu       and the tests labelled gpu (cuda-release; needs a toolkit and a device)
-#   --tidy      and clang-tidy over src/ and kernels/cpu (on in CI)
+#   --tidy      and clang-tidy over src/ and kernels/cpu
 #
 # Every step runs even when one before it failed; the last lines say which did.
 set -uo pipefail
@@ -15,7 +15,6 @@ cd "$(dirname "$0")/.." || exit 1
 quick=no
 gpu=no
 tidy=no
-[ "${CI:-}" = true ] && tidy=yes
 for arg in "$@"; do
   case $arg in
     --quick) quick=yes ;;
@@ -66,10 +65,14 @@ run_tidy() {
   sources | xargs -P "$jobs" -n 1 clang-tidy -p build/cpu-fuzz --quiet
 }
 
-test_preset() { build "$1" && ctest --preset "$1" -j "$jobs" --no-tests=error; }
-fuzz() { build cpu-fuzz fuzzers && ctest --preset cpu-fuzz -j "$jobs" --no-tests=error; }
+run_ctest() { ctest --preset "$1" -j "$jobs" --no-tests=error "${@:2}"; }
+test_preset() { build "$1" && run_ctest "$1"; }
+test_release() {
+  build cpu-release krait tests-ops tests-golden tests-cli && run_ctest cpu-release -L 'ops|golden|cli'
+}
+fuzz() { build cpu-fuzz fuzzers && run_ctest cpu-fuzz; }
 compile_cuda() { options=(-DKRAIT_CUDA_ARCHITECTURES=90a-real -DKRAIT_TESTS=OFF); build cuda-debug; }
-test_gpu() { build cuda-release && ctest --preset cuda-release -L gpu --no-tests=error; }
+test_gpu() { build cuda-release && jobs=1 run_ctest cuda-release -L gpu; }
 
 options=()
 mkdir -p build
@@ -81,7 +84,7 @@ else
   . tools/find_cuda.sh
   step format format
   step cpu-asan test_preset cpu-asan
-  step cpu-release test_preset cpu-release
+  step cpu-release test_release
   step fuzz fuzz
   if [ $tidy = yes ]; then step tidy run_tidy; fi
   if [ -n "$nvcc" ] && [ $gpu = no ]; then step cuda-compile compile_cuda; fi
