@@ -77,7 +77,7 @@ GenerateResult generate(TokenSource& source, const Tokenizer* tokenizer,
   if (tokenizer != nullptr) decoder.emplace(*tokenizer, options.at_start);
   StopMatcher stops(options.stops);
   const auto is_cancelled = [&] { return cancelled && cancelled(); };
-  const auto show = [&](GeneratedToken& token, std::string text) {
+  const auto show = [&](GeneratedToken& token, const std::string& text) {
     token.text = text;
     result.text += text;
     if (on_token) on_token(token);
@@ -158,7 +158,7 @@ GenerateResult generate(TokenSource& source, const Tokenizer* tokenizer,
     } else {
       text += stops.finish();
     }
-    if (!text.empty()) show(rest, std::move(text));
+    if (!text.empty()) show(rest, text);
   }
   return result;
 }
