@@ -2,8 +2,8 @@
 //
 // Shapes   x f32 [n, d], weight f32 [d], out T [n, d]
 // Launch   one block per row, as many threads as the row has groups of 4 elements, up to 1024: in a
-//          decode step latency decides. A thread keeps up to kQuads groups in registers, so that the
-//          row is read once. Rows that don't divide into aligned groups are walked twice.
+//          decode step latency decides. A thread keeps up to kQuads groups in registers, so that
+//          the row is read once. Rows that don't divide into aligned groups are walked twice.
 // Bytes    n * d * (4 + sizeof(T)) + 4 * d
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"

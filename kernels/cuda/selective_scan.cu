@@ -25,11 +25,10 @@
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
 // Roofline (1 + 1 / kPerSegment) * d_state + 6 special-function results per channel and token:
 //          bound by them, not by bytes
-// Measured H100, bf16, 2048 tokens of one sequence: 89 us for d_inner 1536, 277 us for 5120, where
-// the
-//          special-function units alone would need 20 and 68 (tools/bench_ops). Other shapes of the
-//          block: 16 x 16 x 4 with two blocks per SM 168 and 309, 32 x 8 x 8 178 and 370, 32 x 8 x
-//          4 with two blocks per SM 290 and 332
+// Measured H100, bf16, 2048 tokens of one sequence, us at d_inner 1536 and 5120 (tools/bench_ops):
+//          89 and 277; the special-function units alone would need 20 and 68. Other blocks:
+//          16 x 16 x 4, two per SM: 168 and 309; 32 x 8 x 8: 178 and 370; 32 x 8 x 4, two per SM:
+//          290 and 332
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
