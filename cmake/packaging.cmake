@@ -1,6 +1,7 @@
 # install: the program, its models and documents; component "tests": the test programs and their data.
 # package: both, with the shared libraries they need, as one archive (tools/package.sh).
 option(KRAIT_PACKAGE_CUBLAS "Put cuBLASLt (540 MB) into the package; without it the loader must find the toolkit's" ON)
+option(KRAIT_PACKAGE_DATA "Put the models and the test data into the package" ON)
 
 get_property(tests GLOBAL PROPERTY KRAIT_TEST_PROGRAMS)
 install(TARGETS krait RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
@@ -28,6 +29,7 @@ if(tests)
   endif()
   add_custom_target(package
     COMMAND ${CMAKE_COMMAND} -E env KRAIT_PACKAGE_CUBLAS=$<BOOL:${KRAIT_PACKAGE_CUBLAS}>
+      KRAIT_PACKAGE_DATA=$<BOOL:${KRAIT_PACKAGE_DATA}>
       ${CMAKE_CURRENT_SOURCE_DIR}/tools/package.sh ${CMAKE_CURRENT_BINARY_DIR}
       krait-${PROJECT_VERSION}-linux-x86_64-${backend}
     DEPENDS krait bench_ops ${tests} USES_TERMINAL VERBATIM)

@@ -2,13 +2,14 @@
 # Makes a relocatable package of a build: program, tests, models and every shared library but those
 # of glibc and the NVIDIA driver. Called by  cmake --build BUILD --target package.
 #
-#   tools/package.sh BUILD NAME     writes BUILD/NAME.tar.gz from BUILD/NAME
+#   tools/package.sh BUILD NAME     writes BUILD/NAME.tar.xz from BUILD/NAME
 #
-# KRAIT_PACKAGE_CUBLAS=0 leaves cuBLASLt out. The package runs on x86-64 Linux with a glibc no older
-# than the one it was built with: bin/krait, and ./run-tests.sh [--gpu] for the tests.
+# KRAIT_PACKAGE_CUBLAS=0 leaves cuBLASLt out, KRAIT_PACKAGE_DATA=0 the models and the test data (for a
+# machine that has a checkout). The package runs on x86-64 Linux with a glibc no older than the one
+# it was built with: bin/krait, and ./run-tests.sh [--gpu] for the tests.
 set -eu
 if [ $# != 2 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 build=$1
@@ -17,10 +18,11 @@ stage=$build/$name
 
 say() { echo "package: $*" >&2; }
 
-rm -rf "$stage" "$stage.tar.gz"
+rm -rf "$stage" "$stage.tar.xz"
 cmake --install "$build" --prefix "$stage" --strip >/dev/null
 cmake --install "$build" --prefix "$stage" --strip --component tests >/dev/null
 mkdir -p "$stage/lib" "$stage/licenses"
+case ${KRAIT_PACKAGE_DATA:-1} in 0 | OFF) rm -rf "$stage/share/krait/models" "$stage/tests/data" ;; esac
 
 # What the programs load, and what those libraries load in turn: lines "name => path (address)". The
 # programs of the build tree are asked, which find every library; the staged ones may not.
@@ -56,5 +58,8 @@ sed -n 's/^\t\([^ ]*\) => \(\/[^ ]*\) .*/\1 \2/p' "$list" | sort -u | while read
 done
 
 say "$(ls "$stage/tests/bin" | wc -l) test programs, $(ls "$stage/lib" | wc -l) shared libraries"
-tar -C "$build" --owner=0 --group=0 --sort=name -cf - "$name" | gzip -9 >"$stage.tar.gz"
-say "$stage.tar.gz: $(du -h "$stage.tar.gz" | cut -f1) ($(du -sh "$stage" | cut -f1) unpacked)"
+# The test programs share most of their code: a dictionary that spans them all stores it once (with
+# CUDA 39 MB against gzip's 60). Preset 1 costs half a per cent of size and a third of the time.
+tar -C "$build" --owner=0 --group=0 --sort=name -cf - "$name" |
+  xz --lzma2=preset=1,dict=128MiB >"$stage.tar.xz"
+say "$stage.tar.xz: $(du -h "$stage.tar.xz" | cut -f1) ($(du -sh "$stage" | cut -f1) unpacked)"

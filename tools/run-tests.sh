@@ -29,9 +29,15 @@ done
 [ $slow = yes ] || leave="$leave${leave:+:}*Slow*"
 [ -n "$programs" ] || programs=$(ls tests/bin/*_test)
 
-export KRAIT_TEST_DATA="$PWD/tests/data"
-export KRAIT_TEST_MODELS="$PWD/share/krait/models"
+# A package without data is told where they are.
+export KRAIT_TEST_DATA="${KRAIT_TEST_DATA:-$PWD/tests/data}"
+export KRAIT_TEST_MODELS="${KRAIT_TEST_MODELS:-$PWD/share/krait/models}"
 export KRAIT_TEST_PROGRAM="$PWD/bin/krait"
+for folder in "$KRAIT_TEST_DATA" "$KRAIT_TEST_MODELS"; do
+  [ -d "$folder" ] && continue
+  echo "run-tests: no folder $folder: set KRAIT_TEST_DATA to tests/data and KRAIT_TEST_MODELS to models/ of a checkout" >&2
+  exit 1
+done
 
 log=$(mktemp) || exit 1
 failures=$(mktemp) || exit 1
