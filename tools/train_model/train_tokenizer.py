@@ -5,6 +5,7 @@ A line break is a piece of its own; digits are single pieces.
 """
 
 import argparse
+from pathlib import Path
 
 import sentencepiece
 
@@ -12,6 +13,7 @@ import data
 
 
 def train(corpus, out, kind, size):
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     lines = [line for path in data.files(corpus, "train").values()
              for doc in data.documents(path) for line in doc.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
