@@ -88,9 +88,10 @@ Divergence diverge(const std::vector<float>& p, const std::vector<float>& q, siz
 
 void expect_close(Ops& op, DType weights, DType state) {
   const Text text;
-  const auto p = log_probs(op, DType::f32, DType::f32, text.ids());
-  const auto q = log_probs(op, weights, state, text.ids());
-  const Divergence d = diverge(p, q, text.ids().size());
+  const auto ids = text.ids().first(op.backend() == "cpu" ? 1024 : text.ids().size());
+  const auto p = log_probs(op, DType::f32, DType::f32, ids);
+  const auto q = log_probs(op, weights, state, ids);
+  const Divergence d = diverge(p, q, ids.size());
   std::printf("%s, weights %s, state %s: mean KL %.2e, top-1 equal %.2f%%\n",
               std::string(op.backend()).c_str(), std::string(dtype_name(weights)).c_str(),
               std::string(dtype_name(state)).c_str(), d.mean_kl, d.top1 * 100);
