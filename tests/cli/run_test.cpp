@@ -473,10 +473,15 @@ TEST(RunOutput, AFullDiskIsAnError) {
 }
 
 TEST(RunOutput, EachTokenIsWrittenWhenItIsThere) {
-  Child child(run_ids({"-n", "-1", "--ignore-eos"}), Child::Kind::pipe);
-  const std::string first = child.read_some();
-  EXPECT_GT(first.size(), 0U);
-  EXPECT_LT(first.size(), 512U) << "stdio would have kept 4096 bytes";
+  // stdio would hand over 4096 bytes at a time. A reader that gets to run late may find as many,
+  // but not each time.
+  size_t fewest = SIZE_MAX;
+  for (int attempt = 0; attempt < 10 && fewest >= 4096; ++attempt) {
+    Child child(run_ids({"-n", "-1", "--ignore-eos"}), Child::Kind::pipe);
+    fewest = std::min(fewest, child.read_some().size());
+    EXPECT_GT(fewest, 0U);
+  }
+  EXPECT_LT(fewest, 4096U);
 }
 
 TEST(RunOutput, AReaderMayLeave) {
