@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,34 @@ def transformers_source(a, dtype):
     return run
 
 
+def use_reference_functions():
+    """Without a GPU, mamba_ssm runs by its own plain PyTorch functions: selective_scan_ref for the CUDA
+    scan, rms_norm_ref for the Triton norm, nn.Conv1d for causal_conv1d."""
+    sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    from mamba_ssm.modules import mamba_simple
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+    from mamba_ssm.ops.triton import layer_norm
+    mamba_simple.selective_scan_fn = selective_scan_ref
+    mamba_simple.causal_conv1d_fn = None
+    layer_norm.RMSNorm.forward = (
+        lambda self, x: layer_norm.rms_norm_ref(x, self.weight, self.bias, eps=self.eps))
+
+
 def mamba_ssm_source(a, dtype):
-    """The reference implementation; it needs a GPU. Tensor names differ in one letter."""
+    """The reference implementation, on a GPU if there is one. Tensor names differ in one letter."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        use_reference_functions()
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     c = json.loads((Path(a.model) / "config.json").read_text())
     config = MambaConfig(d_model=c["hidden_size"], n_layer=c["num_hidden_layers"],
                          vocab_size=c["vocab_size"], pad_vocab_size_multiple=1,
                          ssm_cfg={"d_state": c["state_size"], "d_conv": c["conv_kernel"],
-                                  "expand": c["expand"]})
-    model = MambaLMHeadModel(config, device="cuda", dtype=dtype)
+                                  "expand": c["expand"], "use_fast_path": gpu},
+                         fused_add_norm=gpu)
+    device = "cuda" if gpu else "cpu"
+    model = MambaLMHeadModel(config, device=device, dtype=dtype)
     weights = load_file(str(Path(a.model) / "model.safetensors"))
     weights = {k.replace("embeddings.", "embedding."): v for k, v in weights.items()}
     weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
@@ -73,7 +92,7 @@ def mamba_ssm_source(a, dtype):
     model.eval()
 
     def run(ids):
-        return model(ids.cuda()).logits.float().cpu()
+        return model(ids.to(device)).logits.float().cpu()
     return run
 
 
