@@ -71,7 +71,8 @@ test_release() {
   build cpu-release krait tests-ops tests-golden tests-cli && run_ctest cpu-release -L 'ops|golden|cli'
 }
 fuzz() { build cpu-fuzz fuzzers && run_ctest cpu-fuzz; }
-compile_cuda() { options=(-DKRAIT_CUDA_ARCHITECTURES=90a-real -DKRAIT_TESTS=OFF); build cuda-debug; }
+# The kernels, and a program that links them; the rest is what the other presets build.
+compile_cuda() { options=(-DKRAIT_CUDA_ARCHITECTURES=90a-real -DKRAIT_TESTS=OFF); build cuda-debug bench_ops; }
 test_gpu() { build cuda-release && jobs=1 run_ctest cuda-release -L gpu; }
 
 options=()
