@@ -23,7 +23,7 @@ namespace krait::cpu::HWY_NAMESPACE {
 namespace {
 
 constexpr int64_t kMaxTaps = 64;
-constexpr int64_t kTapBytes = 16 * 1024;  // transposed weights of a block, in the L1 cache
+constexpr int64_t kTapBytes = int64_t{16} << 10;  // transposed weights of a block, in the L1 cache
 
 /// Channels [e, e + width) of every sequence.
 void convolve(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,

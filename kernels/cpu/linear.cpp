@@ -105,10 +105,10 @@ void linear_of(ThreadPool& pool, const Tensor& out, const Tensor& in, const Tens
   const int64_t n_in = W_.dim(1);
   const int64_t n_out = W_.dim(0);
   const auto* weight = W_.as<W>();
-  constexpr int64_t kBlockBytes = 512 * 1024;
+  constexpr int64_t kBlockBytes = int64_t{512} << 10;
   const int64_t row_bytes = n_in * static_cast<int64_t>(sizeof(float));
   const int64_t fit = kBlockBytes / std::max<int64_t>(row_bytes, 1) / kTileTokens * kTileTokens;
-  const int64_t block = std::max<int64_t>(fit, 4 * kTileTokens);
+  const int64_t block = std::max<int64_t>(fit, int64_t{4} * kTileTokens);
   const int64_t blocks = (n_tok + block - 1) / block;
   const int64_t strips = (n_out + kTileRows - 1) / kTileRows;
 

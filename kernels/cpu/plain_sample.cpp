@@ -156,7 +156,7 @@ void PlainOps::sample(const Tensor& logits, int64_t vocab, const SampleState& st
     tokens[static_cast<size_t>(s)] = token;
 
     if (counts != nullptr) {
-      int32_t* ring = state.seen.rows(at, 1).as<int32_t>();
+      auto* ring = state.seen.rows(at, 1).as<int32_t>();
       const int64_t length = state.seen.dim(1);
       const int64_t window = sampling::window_length(params.repeat_last_n, length);
       int64_t& seen = state.seen_len.as<int64_t>()[at];

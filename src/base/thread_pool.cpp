@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -27,7 +28,7 @@ int usable_cores() {
   double quota = 0;
   double period = 0;
   if (cpu_max >> quota >> period && period > 0) {
-    n = std::min(n, static_cast<int>(quota / period + 0.5));
+    n = std::min(n, static_cast<int>(std::lround(quota / period)));
   }
   return std::max(n, 1);
 }

@@ -249,6 +249,7 @@ void write_safetensors(const std::filesystem::path& file,
                                                 printable(t.name), why));
   };
   std::vector<const Checkpoint::Entry*> order;
+  order.reserve(tensors.size());
   for (const auto& t : tensors) order.push_back(&t);
   std::sort(order.begin(), order.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
@@ -268,6 +269,7 @@ void write_safetensors(const std::filesystem::path& file,
     const int64_t begin = end;
     end += static_cast<int64_t>(t->tensor.bytes());
     std::vector<int64_t> dims;
+    dims.reserve(Shape::kMaxRank);
     for (int i = 0; i < t->tensor.shape.rank(); ++i) dims.push_back(t->tensor.dim(i));
     const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes),
                                     [&](const TypeName& n) { return n.dtype == t->tensor.dtype; });

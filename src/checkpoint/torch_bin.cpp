@@ -85,7 +85,7 @@ class StateDict {
     const auto byteorder = zip_.find(prefix_ + "byteorder");
     if (byteorder != zip_.end() && text(byteorder->second) != "little") {
       throw Error(ErrorKind::unsupported,
-                  fmt::format("{}: expected the byte order \"little\", found \"{}\"", name_,
+                  fmt::format(R"({}: expected the byte order "little", found "{}")", name_,
                               printable(text(byteorder->second))));
     }
     pickle_ = parse_pickle(plain_entry("data.pkl"), name_, kGlobals);
@@ -130,7 +130,7 @@ class StateDict {
     }
   }
 
-  std::span<const std::byte> plain_entry(const std::string& what) const {
+  [[nodiscard]] std::span<const std::byte> plain_entry(const std::string& what) const {
     const auto it = zip_.find(prefix_ + what);
     if (it == zip_.end()) {
       fail(fmt::format("expected {} in the zip archive, found no such entry", printable(what)));
@@ -146,7 +146,7 @@ class StateDict {
   }
 
   /// The dict of tensors: the whole pickle, or one level down in a training checkpoint.
-  const PickleValue& state_dict() const {
+  [[nodiscard]] const PickleValue& state_dict() const {
     const PickleValue& root = pickle_[pickle_.root];
     if (root.kind != Kind::dict) {
       fail(fmt::format("expected a dict of tensors, found {}", kind_name(root.kind)));
@@ -192,7 +192,7 @@ class StateDict {
 
   /// Persistent id: ("storage", class, key, location, number of elements). The location, such as
   /// "cuda:0", says where the tensor was, not where it is.
-  Storage read_storage(uint32_t index, uint32_t dtype, bool v3) const {
+  [[nodiscard]] Storage read_storage(uint32_t index, uint32_t dtype, bool v3) const {
     const PickleValue& persistent = pickle_[index];
     if (persistent.kind != Kind::persistent) fail_tensor("expected a storage");
     const PickleValue& id = pickle_[persistent.items[0]];

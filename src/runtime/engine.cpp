@@ -167,7 +167,9 @@ struct Engine::Impl {
                   state.layers());
   }
 
-  Tensor residual(int64_t begin, int64_t n) const { return step_memory[kResidual].rows(begin, n); }
+  [[nodiscard]] Tensor residual(int64_t begin, int64_t n) const {
+    return step_memory[kResidual].rows(begin, n);
+  }
 
   /// Logits of n rows of the residual stream.
   Tensor head(int64_t begin, int64_t n) {

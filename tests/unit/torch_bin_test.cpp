@@ -124,8 +124,9 @@ std::string tensor_v3(const std::string& dtype, int64_t bytes) {
 }
 
 TEST(TorchBin, ReadsUntypedStorages) {
-  const ParsedTensors t =
-      parse(torch_bin(pk::whole(pk::dict({{"w", tensor_v3("float32", 24)}})), {kSix}));
+  const std::string file =
+      torch_bin(pk::whole(pk::dict({{"w", tensor_v3("float32", 24)}})), {kSix});
+  const ParsedTensors t = parse(file);  // views of `file`
   EXPECT_EQ(floats(t, "w"), (std::vector<float>{1, 2}));
   EXPECT_TRUE(tensor_refused(tensor_v3("float32", 6), "expected 6 bytes"));
   EXPECT_TRUE(
