@@ -121,7 +121,7 @@ void Bpe::read_merges(const JsonNode& merges) {
       left = m[0].get_ref<const std::string&>();
       right = m[1].get_ref<const std::string&>();
     } else {
-      merges.item(i).fail("expected \"a b\" or [\"a\", \"b\"], found " + m.dump());
+      merges.item(i).fail(R"(expected "a b" or ["a", "b"], found )" + m.dump());
     }
     if (right.size() < prefix_.size()) {
       merges.item(i).fail("the second token is shorter than the continuing_subword_prefix");

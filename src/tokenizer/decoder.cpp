@@ -27,7 +27,8 @@ std::string byte_of_fallback(std::string token) {
 }
 
 /// Removes up to `start` leading and `stop` trailing copies of `content`.
-std::string strip(std::string token, const std::string& content, int64_t start, int64_t stop) {
+std::string strip(const std::string& token, const std::string& content, int64_t start,
+                  int64_t stop) {
   size_t begin = 0;
   size_t end = token.size();
   const std::string_view view = token;

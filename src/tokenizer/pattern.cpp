@@ -282,7 +282,7 @@ Pattern Pattern::regex(const std::string& expression, const std::string& where) 
 Pattern Pattern::from_json(const JsonNode& node) {
   if (node.has("String")) return literal(node.string("String"));
   if (node.has("Regex")) return regex(node.string("Regex"), node.where());
-  node.fail("expected a pattern {\"String\": ...} or {\"Regex\": ...}");
+  node.fail(R"(expected a pattern {"String": ...} or {"Regex": ...})");
 }
 
 std::vector<Match> Pattern::find_all(std::string_view text) const {

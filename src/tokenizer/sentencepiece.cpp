@@ -13,7 +13,7 @@
 
 // Exported by the library, declared in no installed header.
 namespace sentencepiece::logging {
-void SetMinLogLevel(int level);
+void SetMinLogLevel(int level);  // NOLINT(readability-identifier-naming): the library's name
 }
 
 namespace krait {
