@@ -90,8 +90,8 @@ void Decoder::add(const JsonNode& node, int depth) {
     if (fused_ && (start > 1 || stop > 0)) {
       node.unsupported("behind Fuse only a Strip of one character at the start is built");
     }
-    steps_.emplace_back([=, fused = fused_](std::string token, bool first) {
-      return fused && !first ? token : strip(std::move(token), content, start, stop);
+    steps_.emplace_back([=, fused = fused_](const std::string& token, bool first) {
+      return fused && !first ? token : strip(token, content, start, stop);
     });
   } else if (type == "Metaspace") {
     const Pattern mark = Pattern::literal(node.string("replacement"));
