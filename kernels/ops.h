@@ -98,8 +98,7 @@ class Ops {
   /// Type of activations between verbs for matrices of type `weights` (f32, f16 or bf16).
   [[nodiscard]] virtual DType activation_dtype(DType weights) const = 0;
 
-  // ---- memory
-  // --------------------------------------------------------------------------------------
+  // ---- memory -----------------------------------------------------------------------------------
 
   /// Device memory, aligned to 256 bytes, uninitialised. Error device when there is none left, with
   /// the bytes wanted and free and `what` they were for.
@@ -119,8 +118,7 @@ class Ops {
   [[nodiscard]] virtual Tensor import_weight(const Tensor& host, DType dtype) = 0;
   virtual void weights_ready() = 0;
 
-  // ---- verbs
-  // ---------------------------------------------------------------------------------------
+  // ---- verbs ------------------------------------------------------------------------------------
 
   /// residual[t] = table[ids[t]].  residual f32 [n_tok, d_model], ids i32 [n_tok], table W [vocab,
   /// d_model] The caller has checked the ids.
@@ -171,8 +169,7 @@ class Ops {
   /// outstanding) and writes its tokens, in the order of its rows.
   virtual void receive(std::span<int32_t> tokens) = 0;
 
-  // ---- whole steps
-  // ---------------------------------------------------------------------------------
+  // ---- whole steps ------------------------------------------------------------------------------
 
   /// Runs `step`, which calls verbs only, and may remember their launches under `key`: a later call
   /// with the same key may repeat them without calling `step`. So everything that changes from call

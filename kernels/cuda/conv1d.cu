@@ -5,8 +5,7 @@
 //
 // Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
 // Launch   grid (channels / 128, tiles of kTile tokens of the longest sequence, n_seq); one thread
-// walks
-//          one channel through a tile with the last K inputs in registers
+//          walks one channel through a tile with the last K inputs in registers
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"

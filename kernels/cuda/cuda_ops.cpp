@@ -76,8 +76,7 @@ class CudaOps final : public Ops {
 
   DType activation_dtype(DType weights) const override { return weights; }
 
-  // ---- memory
-  // --------------------------------------------------------------------------------------
+  // ---- memory -----------------------------------------------------------------------------------
 
   Buffer allocate(size_t bytes, std::string_view what) override {
     void* p = nullptr;
@@ -120,8 +119,7 @@ class CudaOps final : public Ops {
   }
   void weights_ready() override { weights_.finish(); }
 
-  // ---- verbs
-  // ---------------------------------------------------------------------------------------
+  // ---- verbs ------------------------------------------------------------------------------------
 
   void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) override {
     cuda::embed(residual, ids, table, stream_);
@@ -175,8 +173,7 @@ class CudaOps final : public Ops {
     received_ = wanted;
   }
 
-  // ---- whole steps
-  // ---------------------------------------------------------------------------------
+  // ---- whole steps ------------------------------------------------------------------------------
 
   /// The first time a step runs as it is (libraries set themselves up), the second time it is
   /// captured.

@@ -99,6 +99,12 @@ struct alignas(16) Vec16 {
   T v[kSize];
 };
 
+/// Four neighbours of T, 8 or 16 bytes, loaded or stored by one instruction.
+template <typename T>
+struct alignas(4 * sizeof(T)) Quad {
+  T v[4];
+};
+
 /// Weights are read once per step: keep them out of L1, so that the activations stay there.
 template <typename T>
 __device__ __forceinline__ Vec16<T> load_streaming(const T* p) {
@@ -122,6 +128,9 @@ __device__ __forceinline__ T warp_sum(T v) {
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffU, v, d);
   return v;
 }
+
+/// exp(v) = 2^(v * kLog2e)
+constexpr float kLog2e = 1.4426950408889634F;
 
 /// 2^v by the special-function unit: relative error 2^-22, results below 2^-126 become 0.
 __device__ __forceinline__ float exp2_fast(float v) {

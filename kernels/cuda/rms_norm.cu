@@ -25,11 +25,6 @@ __device__ float block_sum(float v) {
   return warp_sum(lane < warps ? partial[lane] : 0.0F);
 }
 
-template <typename T>
-struct alignas(4 * sizeof(T)) Quad {
-  T v[4];
-};
-
 template <typename T, int kQuads>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_kernel(T* out, const float* x, const float* weight, float eps, int d,

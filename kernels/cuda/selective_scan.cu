@@ -42,7 +42,6 @@ constexpr int kPerSegment = 8;  // tokens of a stretch
 constexpr int kTile = kSegments * kPerSegment;
 constexpr int kStates = 16;  // states in registers at a time
 constexpr int kThreads = kChannels * kSegments;
-constexpr float kLog2e = 1.4426950408889634F;
 
 struct ScanShape {
   int64_t d_inner;

@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 4;
-constexpr float kLog2e = 1.4426950408889634F;
 
 template <typename T>
 struct UpdateInputs {
@@ -33,11 +32,6 @@ struct UpdateInputs {
   int64_t d_inner;
   int d_state;
   int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
-};
-
-template <typename S>
-struct alignas(4 * sizeof(S)) Quad {
-  S v[4];
 };
 
 template <typename T, typename S, bool kSixteen>

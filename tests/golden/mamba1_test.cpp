@@ -122,25 +122,6 @@ TEST_P(Golden, RandomPieces) {
   }
 }
 
-/// Mean of KL(p || q) over positions, p and q the softmax of rows of logits.
-double mean_kl(std::span<const float> p_logits, std::span<const float> q_logits, size_t vocab) {
-  const auto log_softmax = [](std::span<const float> row) {
-    const float top = *std::max_element(row.begin(), row.end());
-    double sum = 0;
-    for (const float v : row) sum += std::exp(static_cast<double>(v) - top);
-    std::vector<double> out(row.begin(), row.end());
-    for (double& v : out) v -= top + std::log(sum);
-    return out;
-  };
-  double kl = 0;
-  for (size_t at = 0; at < p_logits.size(); at += vocab) {
-    const auto p = log_softmax(p_logits.subspan(at, vocab));
-    const auto q = log_softmax(q_logits.subspan(at, vocab));
-    for (size_t v = 0; v < vocab; ++v) kl += std::exp(p[v]) * (p[v] - q[v]);
-  }
-  return kl / (static_cast<double>(p_logits.size()) / static_cast<double>(vocab));
-}
-
 TEST_P(Golden, SixteenBitWeightsByDivergence) {
   const auto prompt = ids("prompt_257");
   Engine exact = engine();

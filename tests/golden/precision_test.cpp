@@ -4,116 +4,74 @@
 // 16-bit run. Limits (design, section 4): mean KL(p || q) < 2e-3, the most likely token equal in
 // more than 98% of positions.
 #include <algorithm>
-#include <cmath>
-#include <filesystem>
-#include <memory>
+#include <cstdio>
 #include <vector>
 
-#include "checkpoint/checkpoint.h"
 #include "model/config.h"
-#include "model/model.h"
-#include "runtime/engine.h"
+#include "support/test_models.h"
 #include "support/test_support.h"
 #include "tokenizer/tokenizer.h"
 
 namespace krait::test {
 namespace {
 
-/// The model in models/ that ships with krait: the one folder there with weights.
-std::filesystem::path shipped_model() {
-  for (const auto& entry : std::filesystem::directory_iterator(models_dir())) {
-    if (std::filesystem::exists(entry.path() / "model.safetensors")) return entry.path();
-  }
-  throw std::runtime_error("models/ holds no model.safetensors");
+constexpr size_t kVocab = 8192;
+
+/// The first `n` tokens of a real text.
+std::vector<int32_t> text_ids(size_t n) {
+  const auto tokenizer = open_tokenizer(models_dir() / "hognose");
+  std::vector<int32_t> ids =
+      tokenizer->encode(read_file(data_dir() / "text" / "wind-in-the-willows.txt"));
+  ids.resize(std::min(ids.size(), n));
+  return ids;
 }
 
-struct Divergence {
-  double mean_kl = 0;
-  double top1 = 0;  ///< share of positions whose most likely token is equal
-};
-
-class Text {
- public:
-  Text() : tokenizer_(open_tokenizer(shipped_model())) {
-    ids_ = tokenizer_->encode(read_file(data_dir() / "text" / "wind-in-the-willows.txt"));
-    ids_.resize(std::min<size_t>(ids_.size(), 4096));
-  }
-  [[nodiscard]] std::span<const int32_t> ids() const { return ids_; }
-
- private:
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::vector<int32_t> ids_;
-};
-
-/// Log-probabilities of every position, f32 [n, vocab].
-std::vector<float> log_probs(Ops& op, DType weights, DType state, std::span<const int32_t> ids) {
-  const auto checkpoint = open_checkpoint(shipped_model());
-  const auto config = resolve_config(read_config(shipped_model() / "config.json"), *checkpoint);
-  const auto model = load_model(config, *checkpoint, op, weights);
+/// Logits of every position, f32 [n, kVocab].
+std::vector<float> logits(const Backend& backend, DType weights, DType state,
+                          const std::vector<int32_t>& ids) {
+  const auto folder = models_dir() / "hognose";
+  const LoadedModel m =
+      load(backend, read_config(folder / "config.json"), open_checkpoint(folder), weights);
   EngineOptions options;
   options.state_dtype = state;
-  Engine engine(*model, op, options);
-  engine.open(0, SampleParams{});
-  const auto vocab = static_cast<size_t>(config.vocab_size);
-  std::vector<float> all(ids.size() * vocab);
-  engine.prefill(0, ids, /*sample=*/false, [&](int64_t first, int64_t n, const float* rows) {
-    for (int64_t r = 0; r < n; ++r) {
-      const float* from = rows + r * config.vocab_size;
-      float* to = &all[static_cast<size_t>(first + r) * vocab];
-      const float top = *std::max_element(from, from + vocab);
-      double sum = 0;
-      for (size_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(from[v] - top));
-      const auto log_sum = static_cast<float>(std::log(sum)) + top;
-      for (size_t v = 0; v < vocab; ++v) to[v] = from[v] - log_sum;
-    }
-  });
-  return all;
+  Engine engine(*m.model, *m.op, options);
+  return all_logits(engine, kVocab, ids);
 }
 
-Divergence diverge(const std::vector<float>& p, const std::vector<float>& q, size_t n) {
-  const size_t vocab = p.size() / n;
-  Divergence d;
-  for (size_t t = 0; t < n; ++t) {
-    const float* a = &p[t * vocab];
-    const float* b = &q[t * vocab];
-    for (size_t v = 0; v < vocab; ++v) {
-      d.mean_kl += std::exp(static_cast<double>(a[v])) * (static_cast<double>(a[v]) - b[v]);
-    }
-    d.top1 += std::max_element(a, a + vocab) - a == std::max_element(b, b + vocab) - b ? 1 : 0;
-  }
-  d.mean_kl /= static_cast<double>(n);
-  d.top1 /= static_cast<double>(n);
-  return d;
+void expect_close(const Backend& backend, size_t n, DType weights, DType state) {
+  const auto ids = text_ids(n);
+  const auto want = logits(backend, DType::f32, DType::f32, ids);
+  const auto got = logits(backend, weights, state, ids);
+  const auto top = [](const std::vector<float>& rows, size_t t) {
+    const auto row = rows.begin() + static_cast<ptrdiff_t>(t * kVocab);
+    return std::max_element(row, row + kVocab) - row;
+  };
+  size_t same = 0;
+  for (size_t t = 0; t < ids.size(); ++t) same += top(want, t) == top(got, t) ? 1 : 0;
+  const double kl = mean_kl(want, got, kVocab);
+  const double top1 = static_cast<double>(same) / static_cast<double>(ids.size());
+  std::printf("%s, weights %s, state %s: mean KL %.2e, top-1 equal %.2f%%\n", backend.name,
+              std::string(dtype_name(weights)).c_str(), std::string(dtype_name(state)).c_str(), kl,
+              top1 * 100);
+  EXPECT_TRUE(kl < 2e-3) << kl;
+  EXPECT_TRUE(top1 > 0.98) << top1;
 }
 
-void expect_close(Ops& op, DType weights, DType state) {
-  const Text text;
-  const auto ids = text.ids().first(op.backend() == "cpu" ? 1024 : text.ids().size());
-  const auto p = log_probs(op, DType::f32, DType::f32, ids);
-  const auto q = log_probs(op, weights, state, ids);
-  const Divergence d = diverge(p, q, ids.size());
-  std::printf("%s, weights %s, state %s: mean KL %.2e, top-1 equal %.2f%%\n",
-              std::string(op.backend()).c_str(), std::string(dtype_name(weights)).c_str(),
-              std::string(dtype_name(state)).c_str(), d.mean_kl, d.top1 * 100);
-  EXPECT_TRUE(d.mean_kl < 2e-3) << d.mean_kl;
-  EXPECT_TRUE(d.top1 > 0.98) << d.top1;
-}
+constexpr const Backend& kCpu = kBackends[1];
+constexpr const Backend& kGpu = kBackends[2];
 
-TEST(Precision, CpuF16) { expect_close(*make_cpu_ops(0), DType::f16, DType::f32); }
-TEST(Precision, CpuBf16) { expect_close(*make_cpu_ops(0), DType::bf16, DType::f32); }
+TEST(Precision, CpuF16) { expect_close(kCpu, 1024, DType::f16, DType::f32); }
+TEST(Precision, CpuBf16) { expect_close(kCpu, 1024, DType::bf16, DType::f32); }
 
-TEST(Precision, GpuF16) { expect_close(*make_cuda_ops(0), DType::f16, DType::f32); }
-TEST(Precision, GpuBf16) { expect_close(*make_cuda_ops(0), DType::bf16, DType::f32); }
-TEST(Precision, GpuF16State) { expect_close(*make_cuda_ops(0), DType::bf16, DType::f16); }
+TEST(Precision, GpuF16) { expect_close(kGpu, 4096, DType::f16, DType::f32); }
+TEST(Precision, GpuBf16) { expect_close(kGpu, 4096, DType::bf16, DType::f32); }
+TEST(Precision, GpuF16State) { expect_close(kGpu, 4096, DType::bf16, DType::f16); }
 
 /// The two backends in f32, on real text: the CPU is the definition.
 TEST(Precision, GpuF32EqualsCpu) {
-  const Text text;
-  const auto cpu = make_cpu_ops(0);
-  const auto gpu = make_cuda_ops(0);
-  const auto ids = text.ids().first(512);
-  const auto want = log_probs(*cpu, DType::f32, DType::f32, ids);
-  EXPECT_TRUE(near_std(log_probs(*gpu, DType::f32, DType::f32, ids), want, 1e-4));
+  const auto ids = text_ids(512);
+  const auto want = logits(kCpu, DType::f32, DType::f32, ids);
+  EXPECT_TRUE(near_std(logits(kGpu, DType::f32, DType::f32, ids), want, 1e-4));
 }
 
 }  // namespace

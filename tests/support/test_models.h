@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <span>
@@ -143,6 +144,26 @@ inline std::vector<float> all_logits(Engine& engine, int64_t vocab, std::span<co
   }
   if (!ids.empty()) engine.prefill(slot, ids, /*sample=*/false, sink);
   return all;
+}
+
+/// Mean of KL(p || q) over positions, p and q the softmax of rows of logits.
+inline double mean_kl(std::span<const float> p_logits, std::span<const float> q_logits,
+                      size_t vocab) {
+  const auto log_softmax = [](std::span<const float> row) {
+    const float top = *std::max_element(row.begin(), row.end());
+    double sum = 0;
+    for (const float v : row) sum += std::exp(static_cast<double>(v) - top);
+    std::vector<double> out(row.begin(), row.end());
+    for (double& v : out) v -= top + std::log(sum);
+    return out;
+  };
+  double kl = 0;
+  for (size_t at = 0; at < p_logits.size(); at += vocab) {
+    const auto p = log_softmax(p_logits.subspan(at, vocab));
+    const auto q = log_softmax(q_logits.subspan(at, vocab));
+    for (size_t v = 0; v < vocab; ++v) kl += std::exp(p[v]) * (p[v] - q[v]);
+  }
+  return kl / (static_cast<double>(p_logits.size()) / static_cast<double>(vocab));
 }
 
 /// `n` tokens: the one that prefill sampled, then steps. Keeps one launch ahead, as a program
