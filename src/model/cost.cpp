@@ -1,0 +1,98 @@
+#include "model/cost.h"
+
+#include <algorithm>
+#include <string_view>
+
+namespace krait {
+
+namespace {
+
+/// Per layer, D = d_model, E = d_inner, N = d_state, R = dt_rank, K = d_conv:
+///   in_proj D x 2E, x_proj E x (R + 2N), dt_proj R x E, out_proj E x D; convolution E x K and its
+///   bias, dt's bias, A E x N, D, norm D.
+ModelCounts count_mamba1(const ModelConfig& c) {
+  const int64_t D = c.d_model;
+  const int64_t E = c.d_inner;
+  const int64_t N = c.d_state;
+  const int64_t R = c.dt_rank;
+  ModelCounts n;
+  n.matrices = c.n_layer * (D * 2 * E + E * (R + 2 * N) + R * E + E * D);
+  n.small = c.n_layer * (E * c.d_conv + E + E + E * N + E + D);
+  n.ssm = c.n_layer * E * N;
+  return n;
+}
+
+struct FamilyCounts {
+  std::string_view family;
+  ModelCounts (*blocks)(const ModelConfig&);
+};
+constexpr FamilyCounts kFamilies[] = {
+    {"mamba1", count_mamba1},
+    {"falcon-mamba", count_mamba1},  // its norms of dt, B and C have no weights
+};
+
+double bytes_of(int64_t n, DType t) {
+  return static_cast<double>(n) * static_cast<double>(itemsize(t));
+}
+
+/// All weights that a step of `batch` sequences reads.
+double weights_read(const ModelConfig& c, const ModelCounts& n, DType weights, int64_t batch) {
+  double bytes = bytes_of(n.matrices + n.head, weights) + bytes_of(n.small, DType::f32);
+  // A tied embedding is read as the head; of another only the tokens' rows are.
+  if (n.embedding > 0) bytes += bytes_of(batch * c.d_model, weights);
+  return bytes;
+}
+
+double state_bytes(const ModelConfig& c, const WorkTypes& t, int64_t batch) {
+  return static_cast<double>(state_bytes_per_sequence(c, t.activation, t.ssm)) *
+         static_cast<double>(batch);
+}
+
+double scan_flops(const ModelCounts& n, int64_t n_tok) {
+  // exp(dt A) h + dt B x and C h: dt A, ex2, dt x B, FMA, FMA, and the reduction's share.
+  constexpr double kFlopsPerElement = 9;
+  return kFlopsPerElement * static_cast<double>(n.ssm) * static_cast<double>(n_tok);
+}
+
+}  // namespace
+
+ModelCounts count_model(const ModelConfig& c) {
+  const auto* f = std::ranges::find(kFamilies, c.family, &FamilyCounts::family);
+  if (f == std::end(kFamilies)) {
+    throw Error(ErrorKind::unsupported,
+                fmt::format("the work of models of the family {} is not counted", c.family));
+  }
+  ModelCounts n = f->blocks(c);
+  n.small += c.d_model;  // the final norm
+  n.head = c.vocab_rows * c.d_model;
+  n.embedding = c.tie_embeddings ? 0 : n.head;
+  return n;
+}
+
+Work decode_work(const ModelConfig& c, const WorkTypes& types, int64_t batch) {
+  const ModelCounts n = count_model(c);
+  Work w;
+  w.bytes = weights_read(c, n, types.weights, batch) + 2 * state_bytes(c, types, batch);
+  w.products = 2 * static_cast<double>(batch) * static_cast<double>(n.matrices + n.head);
+  w.scan = scan_flops(n, batch);
+  return w;
+}
+
+Work prefill_work(const ModelConfig& c, const WorkTypes& types, int64_t batch, int64_t n_tok) {
+  const ModelCounts n = count_model(c);
+  const auto sequences = static_cast<double>(batch);
+  Work w;
+  // The state starts as zeros, which nobody needs to read.
+  w.bytes = weights_read(c, n, types.weights, batch * n_tok) + state_bytes(c, types, batch);
+  w.products = sequences *
+               (static_cast<double>(n_tok) * static_cast<double>(2 * n.matrices + n.scan_products) +
+                2 * static_cast<double>(n.head));
+  w.scan = n.scan_products > 0 ? 0 : scan_flops(n, batch * n_tok);
+  return w;
+}
+
+double floor_seconds(const Work& work, double bytes_per_second, double flops_per_second) {
+  return std::max(work.bytes / bytes_per_second, work.products / flops_per_second);
+}
+
+}  // namespace krait
