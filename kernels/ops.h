@@ -103,12 +103,22 @@ class Ops {
   /// Device memory, aligned to 256 bytes, uninitialised. Error device when there is none left, with
   /// the bytes wanted and free and `what` they were for.
   [[nodiscard]] virtual Buffer allocate(size_t bytes, std::string_view what) = 0;
-  /// Host to device; `src` may be reused on return.
+  /// Host to device; `src` may be reused on return. Does not wait for the work before it.
   virtual void upload(void* dst, const void* src, size_t bytes) = 0;
   /// Device to host; waits for the work so far.
   virtual void download(void* dst, const void* src, size_t bytes) = 0;
   virtual void copy(void* dst, const void* src, size_t bytes) = 0;  ///< device to device
   virtual void zero(void* dst, size_t bytes) = 0;
+  /// The same for n rows of `width` bytes, `pitch` bytes from one row to the next.
+  virtual void copy_rows(void* dst, const void* src, size_t pitch, size_t width, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+      copy(static_cast<std::byte*>(dst) + i * pitch, static_cast<const std::byte*>(src) + i * pitch,
+           width);
+    }
+  }
+  virtual void zero_rows(void* dst, size_t pitch, size_t width, size_t n) {
+    for (size_t i = 0; i < n; ++i) zero(static_cast<std::byte*>(dst) + i * pitch, width);
+  }
   virtual void synchronize() = 0;
 
   /// Brings a weight (dense, host memory that stays mapped as long as this object) to the device as

@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/staging.h"
 #include "kernels/cuda/verbs.h"
 #include "kernels/cuda/weight_stream.h"
 
@@ -41,6 +42,9 @@ namespace {
 
 /// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.
 constexpr int64_t kGemvRows = 4;
+
+/// cudaDevAttrMaxPitch of all devices so far.
+constexpr size_t kMaxPitch = 0x7fffffff;
 
 void free_device(void* data, size_t) noexcept { cudaFree(data); }
 void free_pinned(void* data, size_t) noexcept { cudaFreeHost(data); }
@@ -96,8 +100,7 @@ class CudaOps final : public Ops {
   }
 
   void upload(void* dst, const void* src, size_t bytes) override {
-    // From pageable memory this returns when `src` has been read.
-    KRAIT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream_));
+    staging_.upload(dst, src, bytes, stream_);
   }
   void download(void* dst, const void* src, size_t bytes) override {
     KRAIT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, stream_));
@@ -108,6 +111,15 @@ class CudaOps final : public Ops {
   }
   void zero(void* dst, size_t bytes) override {
     KRAIT_CUDA(cudaMemsetAsync(dst, 0, bytes, stream_));
+  }
+  void copy_rows(void* dst, const void* src, size_t pitch, size_t width, size_t n) override {
+    if (pitch > kMaxPitch) return Ops::copy_rows(dst, src, pitch, width, n);
+    KRAIT_CUDA(
+        cudaMemcpy2DAsync(dst, pitch, src, pitch, width, n, cudaMemcpyDeviceToDevice, stream_));
+  }
+  void zero_rows(void* dst, size_t pitch, size_t width, size_t n) override {
+    if (pitch > kMaxPitch) return Ops::zero_rows(dst, pitch, width, n);
+    KRAIT_CUDA(cudaMemset2DAsync(dst, pitch, 0, width, n, stream_));
   }
   void synchronize() override { KRAIT_CUDA(cudaStreamSynchronize(stream_)); }
 
@@ -253,6 +265,7 @@ class CudaOps final : public Ops {
   std::byte* slab_next_ = nullptr;
   size_t slab_left_ = 0;
   WeightStream weights_;
+  Staging staging_;
   std::unique_ptr<Gemm> gemm_;
   Buffer mailbox_host_;
   Buffer mailbox_counters_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <tuple>
 
@@ -21,15 +22,16 @@ constexpr int64_t kLogitsBlockBytes = 16 << 20;
 
 /// The engine's memory besides state and weights, in the order of step_tensors().
 enum StepTensor : size_t {
-  kResidual,      ///< f32 [n_tok, d_model]
-  kIds,           ///< i32 [n_tok]
-  kNormed,        ///< T [n_row, d_model]
-  kLogits,        ///< f32 [n_row, vocab_rows]
-  kPrefillStart,  ///< i32 [2]
-  kPrefillSlot,   ///< i32 [1]
-  kDecodeStart,   ///< i32 [n_slot + 1]: 0, 1, 2, ...
-  kDecodeSlot,    ///< i32 [n_slot]
-  kParams,        ///< this and the rest: SampleState
+  kResidual,     ///< f32 [n_tok, d_model]
+  kIds,          ///< i32 [n_tok]
+  kNormed,       ///< T [n_row, d_model]
+  kLogits,       ///< f32 [n_row, vocab_rows]
+  kChunk,        ///< i32: what describes a prefill chunk, see ChunkLayout
+  kEnd,          ///< f32 [n_slot, d_model]: the residual rows that the tokens are drawn from
+  kEndSlot,      ///< i32 [n_slot]
+  kDecodeStart,  ///< i32 [n_slot + 1]: 0, 1, 2, ...
+  kDecodeSlot,   ///< i32 [n_slot]
+  kParams,       ///< this and the rest: SampleState
   kPosition,
   kNextId,
   kSeen,
@@ -38,6 +40,23 @@ enum StepTensor : size_t {
   kBiasId,
   kBiasValue,
   kFirstActivation,  ///< Model::activations(), [n_tok, ...] each
+};
+
+/// One upload describes a prefill chunk: its ids, Batch::seq_start and Batch::slot, and the rows
+/// that end a prompt. Offsets in i32.
+struct ChunkLayout {
+  ChunkLayout(int64_t n_tok, int64_t n_seq)
+      : start(aligned(n_tok)),
+        slot(start + aligned(n_seq + 1)),
+        end(slot + aligned(n_seq)),
+        size(end + aligned(n_seq)) {}
+  int64_t start;  ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
+  int64_t slot;   ///< i32 [n_seq]
+  int64_t end;    ///< i32 [as many as prompts end]
+  int64_t size;
+
+ private:
+  static constexpr int64_t aligned(int64_t n) { return (n + 63) / 64 * 64; }
 };
 
 int64_t logits_rows(const ModelConfig& c, const EngineOptions& o) {
@@ -52,11 +71,14 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
   const int64_t n_penalty = o.penalties ? o.n_slot : 0;
   std::vector<TensorSpec> specs{
       {"residual", {n_tok, c.d_model}, DType::f32},
-      {"ids", {n_tok}, DType::i32},
+      {"ids", {o.n_slot}, DType::i32},
       {"normed", {n_row, c.d_model}, T},
       {"logits", {n_row, c.vocab_rows}, DType::f32},
-      {"prefill_start", {2}, DType::i32},
-      {"prefill_slot", {1}, DType::i32},
+      {"chunk",
+       {ChunkLayout(o.prefill_chunk, std::min(o.prefill_chunk, o.n_slot)).size},
+       DType::i32},
+      {"end", {o.n_slot, c.d_model}, DType::f32},
+      {"end_slot", {o.n_slot}, DType::i32},
       {"decode_start", {o.n_slot + 1}, DType::i32},
       {"decode_slot", {o.n_slot}, DType::i32},
       {"params", {o.n_slot, static_cast<int64_t>(sizeof(SampleParams))}, DType::u8},
@@ -141,6 +163,7 @@ struct Engine::Impl {
                 step_memory[kBiasId], step_memory[kBiasValue]};
     decode_slots.reserve(slots.size());
     tokens.resize(slots.size());
+    chunk.reserve(static_cast<size_t>(step_memory[kChunk].dim(0)));
   }
 
   /// What the host knows of a slot.
@@ -149,6 +172,9 @@ struct Engine::Impl {
     int64_t n_fed = 0;  ///< tokens fed since open
     bool open = false;
     bool sampled = false;  ///< next_id holds a token
+    bool drawn = false;    ///< a token was sampled since open: the device knows more than `history`
+    int64_t n_seen = 0;    ///< tokens put into the window of seen tokens before any was drawn
+    std::vector<int32_t> history;  ///< the last of them, at most as many as the window holds
   };
 
   Slot& slot_at(int slot) {
@@ -158,13 +184,24 @@ struct Engine::Impl {
     return slots[static_cast<size_t>(slot)];
   }
 
+  /// Error runtime when a slot is twice in the list.
+  template <typename Range, typename SlotOf>
+  void require_distinct(const Range& range, SlotOf&& slot_of) {
+    ++mark;
+    for (const auto& item : range) {
+      const int64_t slot = slot_of(item);
+      uint64_t& at = marks[static_cast<size_t>(slot)];
+      if (at == mark) throw Error(ErrorKind::runtime, fmt::format("slot {} twice in a step", slot));
+      at = mark;
+    }
+  }
+
   /// The blocks, on the first rows of the step's memory.
-  void forward(const Batch& b) {
+  void forward(const Tensor& ids, const Batch& b) {
     for (size_t i = 0; i < act.size(); ++i) {
       act[i] = step_memory[kFirstActivation + i].rows(0, b.n_tok);
     }
-    model.forward(op, residual(0, b.n_tok), step_memory[kIds].rows(0, b.n_tok), b, act,
-                  state.layers());
+    model.forward(op, residual(0, b.n_tok), ids, b, act, state.layers());
   }
 
   [[nodiscard]] Tensor residual(int64_t begin, int64_t n) const {
@@ -172,9 +209,10 @@ struct Engine::Impl {
   }
 
   /// Logits of n rows of the residual stream.
-  Tensor head(int64_t begin, int64_t n) {
+  Tensor head(const Tensor& rows) {
+    const int64_t n = rows.dim(0);
     const Tensor logits = step_memory[kLogits].rows(0, n);
-    model.head(op, logits, step_memory[kNormed].rows(0, n), residual(begin, n));
+    model.head(op, logits, step_memory[kNormed].rows(0, n), rows);
     return logits;
   }
 
@@ -192,13 +230,14 @@ struct Engine::Impl {
     const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
     const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
     op.gather_rows(ids, next_id, b.slot);
-    forward(b);
-    sample(head(0, n), b.slot, n);
+    forward(step_memory[kIds].rows(0, n), b);
+    sample(head(residual(0, n)), b.slot, n);
   }
 
-  void posted(int64_t n_row) {
-    outstanding[(first_outstanding + n_outstanding++) % kMaxOutstanding] = n_row;
-    last_rows = keep ? n_row : 0;
+  /// Notes a launch of n_seq sequences that sampled n_row rows, padding rows last.
+  void posted(int64_t n_seq, int64_t n_row) {
+    outstanding[(first_outstanding + n_outstanding++) % kMaxOutstanding] = {n_seq, n_row};
+    last_rows = keep ? n_seq : 0;
   }
 
   void require_room() const {
@@ -222,26 +261,45 @@ struct Engine::Impl {
 
   /// Puts tokens of a prompt into the window of seen tokens, as sample() does with sampled ones.
   void remember(int slot, std::span<const int32_t> ids) {
+    if (!sampling.counts) return;
+    Slot& s = slot_at(slot);
+    const int64_t ring_length = sampling.seen.dim(1);
+    std::vector<int32_t> ring;
+    if (s.drawn && has_penalties(s.params)) {
+      ring.resize(static_cast<size_t>(ring_length));
+      op.download(&s.n_seen, sampling.seen_len.rows(slot, 1).data, sizeof s.n_seen);
+      op.download(ring.data(), sampling.seen.rows(slot, 1).data, ring.size() * sizeof(int32_t));
+      s.history.clear();
+      for (int64_t n = std::max<int64_t>(0, s.n_seen - ring_length); n < s.n_seen; ++n) {
+        s.history.push_back(ring[static_cast<size_t>(n % ring_length)]);
+      }
+    }
+    for (const int32_t id : ids) {
+      if (id >= options.vocab_limit) continue;  // never sampled, so never penalised
+      s.history.push_back(id);
+      ++s.n_seen;
+    }
+    const int64_t surplus = std::ssize(s.history) - ring_length;
+    if (surplus > 0) s.history.erase(s.history.begin(), s.history.begin() + surplus);
+    if (s.drawn) upload_history(slot);
+  }
+
+  /// Makes the slot's window on the device what the host knows of it.
+  void upload_history(int slot) {
     const Slot& s = slot_at(slot);
     if (!sampling.counts || !has_penalties(s.params)) return;
     const int64_t ring_length = sampling.seen.dim(1);
     const int64_t window = sampling::window_length(s.params.repeat_last_n, ring_length);
     std::vector<int32_t> ring(static_cast<size_t>(ring_length));
     std::vector<int32_t> counts(static_cast<size_t>(options.vocab_limit));
-    int64_t length = 0;
-    if (s.n_fed > 0) {
-      op.download(ring.data(), sampling.seen.rows(slot, 1).data, ring.size() * sizeof(int32_t));
-      op.download(&length, sampling.seen_len.rows(slot, 1).data, sizeof length);
-    }
-    for (const int32_t id : ids) {
-      if (id >= options.vocab_limit) continue;  // never sampled, so never penalised
-      ring[static_cast<size_t>(length++ % ring_length)] = id;
-    }
-    for (int64_t n = std::max<int64_t>(0, length - window); n < length; ++n) {
-      ++counts[static_cast<size_t>(ring[static_cast<size_t>(n % ring_length)])];
+    const auto kept_tokens = std::ssize(s.history);
+    for (int64_t i = 0; i < kept_tokens; ++i) {
+      const int32_t id = s.history[static_cast<size_t>(i)];
+      ring[static_cast<size_t>((s.n_seen - kept_tokens + i) % ring_length)] = id;
+      if (kept_tokens - i <= window) ++counts[static_cast<size_t>(id)];
     }
     upload_row(op, sampling.seen, slot, ring.data());
-    upload_row(op, sampling.seen_len, slot, &length);
+    upload_row(op, sampling.seen_len, slot, &s.n_seen);
     upload_row(op, sampling.counts, slot, counts.data());
   }
 
@@ -257,9 +315,17 @@ struct Engine::Impl {
   size_t bytes_per_sequence;
   uint64_t decode_key;
   std::vector<Slot> slots;
-  std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds
+  std::vector<uint64_t> marks = std::vector<uint64_t>(slots.size());  ///< of require_distinct()
+  uint64_t mark = 0;
+  std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds, without padding
+  std::vector<int32_t> padded_slots;
+  std::vector<int32_t> chunk;  ///< what kChunk holds
 
-  std::array<int64_t, kMaxOutstanding> outstanding{};  ///< rows of each launch, a ring
+  struct Launch {
+    int64_t n_seq = 0;
+    int64_t n_row = 0;  ///< with padding rows, which come last
+  };
+  std::array<Launch, kMaxOutstanding> outstanding{};  ///< a ring
   size_t first_outstanding = 0;
   size_t n_outstanding = 0;
   std::vector<int32_t> tokens;
@@ -301,7 +367,10 @@ void Engine::open(int slot, const SampleParams& params, const LogitBias& bias) {
     throw Error(ErrorKind::runtime, "penalties need an engine made with EngineOptions::penalties");
   }
 
-  e.slots[static_cast<size_t>(slot)] = {params, 0, true, false};
+  Impl::Slot fresh;
+  fresh.params = params;
+  fresh.open = true;
+  e.slots[static_cast<size_t>(slot)] = std::move(fresh);
   e.state.clear(slot);
   const auto clear = [&](const Tensor& t) {
     if (t) e.op.zero(t.rows(slot, 1).data, t.rows(slot, 1).bytes());
@@ -318,55 +387,139 @@ void Engine::open(int slot, const SampleParams& params, const LogitBias& bias) {
   }
 }
 
+void Engine::copy(int from, int to) {
+  Impl& e = *impl_;
+  const Impl::Slot& source = e.slot_at(from);
+  Impl::Slot& target = e.slot_at(to);
+  if (source.drawn || target.drawn) {
+    throw Error(ErrorKind::runtime,
+                fmt::format("slot {} has tokens of its own", source.drawn ? from : to));
+  }
+  if (from == to) return;
+  e.state.copy(from, to);
+  target.n_fed = source.n_fed;
+  target.n_seen = source.n_seen;
+  target.history = source.history;
+}
+
 bool Engine::prefill(int slot, std::span<const int32_t> ids, bool sample, const LogitsSink& sink,
                      bool last_only, const std::function<bool()>& cancelled) {
+  const PrefillRequest request{slot, ids, sample};
+  return prefill_packed(std::span(&request, 1), sink, last_only, cancelled);
+}
+
+bool Engine::prefill(std::span<const PrefillRequest> requests,
+                     const std::function<bool()>& cancelled) {
+  return prefill_packed(requests, {}, false, cancelled);
+}
+
+bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const LogitsSink& sink,
+                            bool last_only, const std::function<bool()>& cancelled) {
   Impl& e = *impl_;
-  Impl::Slot& s = e.slot_at(slot);
-  if (ids.empty()) throw Error(ErrorKind::usage, "the prompt has no tokens");
-  for (const int32_t id : ids) {
-    if (id < 0 || id >= e.c.vocab_size) {
+  int64_t n_drawn = 0;  // sequences that draw a token
+  for (const PrefillRequest& r : requests) {
+    (void)e.slot_at(r.slot);
+    if (r.ids.empty()) throw Error(ErrorKind::usage, "the prompt has no tokens");
+    for (const int32_t id : r.ids) {
+      if (id >= 0 && id < e.c.vocab_size) continue;
       throw Error(
           ErrorKind::usage,
           fmt::format("the token id {} is outside of the vocabulary of {}", id, e.c.vocab_size),
           "ids must come from the tokenizer of this model");
     }
+    if (r.sample) ++n_drawn;
   }
-  if (sample) e.require_room();
-  s.sampled = false;
+  e.require_distinct(requests, [](const PrefillRequest& r) { return r.slot; });
+  if (n_drawn > 0) e.require_room();
   e.last_rows = 0;
-  e.remember(slot, ids);
+  std::vector<int32_t> end_slots;
+  for (const PrefillRequest& r : requests) {
+    e.slot_at(r.slot).sampled = false;
+    e.remember(r.slot, r.ids);
+    if (!r.sample) continue;
+    if (!e.slot_at(r.slot).drawn) e.upload_history(r.slot);
+    end_slots.push_back(r.slot);
+  }
+  const Tensor end_slot = e.step_memory[kEndSlot].rows(0, n_drawn);
+  e.op.upload(end_slot.data, end_slots.data(), end_slots.size() * sizeof(int32_t));
 
-  const Tensor& start = e.step_memory[kPrefillStart];
-  const Tensor& slot_tensor = e.step_memory[kPrefillSlot];
-  const auto slot32 = static_cast<int32_t>(slot);
-  e.op.upload(slot_tensor.data, &slot32, sizeof slot32);
-  const auto n_ids = static_cast<int64_t>(ids.size());
-  const int64_t block = e.step_memory[kLogits].dim(0);
-  for (int64_t begin = 0; begin < n_ids; begin += e.options.prefill_chunk) {
-    if (cancelled && cancelled()) return false;
-    const int64_t n = std::min(n_ids - begin, e.options.prefill_chunk);
-    const bool last = begin + n == n_ids;
-    const std::array<int32_t, 2> bounds{0, static_cast<int32_t>(n)};
-    e.op.upload(start.data, bounds.data(), sizeof bounds);
-    e.op.upload(e.step_memory[kIds].data, ids.data() + begin,
-                static_cast<size_t>(n) * sizeof(int32_t));
-    e.forward({n, 1, n, start, slot_tensor});
-
-    Tensor logits;  // of the rows that someone wants; ends with the last one
-    if (sink && !last_only) {
-      for (int64_t row = 0; row < n; row += block) {
-        logits = e.head(row, std::min(block, n - row));
-        sink(s.n_fed + row, logits.dim(0), e.to_host(logits));
-      }
-    } else if (last && (sample || sink)) {
-      logits = e.head(n - 1, 1);
-      if (sink) sink(s.n_fed + n - 1, 1, e.to_host(logits));
+  struct Piece {
+    const PrefillRequest* request;
+    int64_t begin;
+    int64_t n;
+    [[nodiscard]] bool last() const { return begin + n == std::ssize(request->ids); }
+  };
+  std::vector<Piece> pieces;  // of one chunk
+  auto next = requests.begin();
+  int64_t begin = 0;  // of what is left of *next
+  const auto take_pieces = [&] {
+    pieces.clear();
+    int64_t room = e.options.prefill_chunk;
+    while (next != requests.end() && room > 0) {
+      const int64_t n = std::min(std::ssize(next->ids) - begin, room);
+      pieces.push_back({&*next, begin, n});
+      room -= n;
+      begin += n;
+      if (!pieces.back().last()) break;
+      ++next;
+      begin = 0;
     }
-    s.n_fed += n;
-    if (last && sample) {
-      e.sample(logits.rows(logits.dim(0) - 1, 1), slot_tensor, 1);
-      e.posted(1);
-      s.sampled = true;
+    return e.options.prefill_chunk - room;
+  };
+
+  const int64_t block = e.step_memory[kLogits].dim(0);
+  int64_t n_ended = 0;  // rows of kEnd that are written
+  while (next != requests.end()) {
+    if (cancelled && cancelled()) return false;
+    const int64_t n_tok = take_pieces();
+    const auto n_seq = std::ssize(pieces);
+    const ChunkLayout at(n_tok, n_seq);
+    e.chunk.assign(static_cast<size_t>(at.size), 0);
+    int32_t* chunk = e.chunk.data();
+    int64_t row = 0;
+    int64_t max_len = 0;
+    int64_t n_end = 0;
+    for (int64_t i = 0; i < n_seq; ++i) {
+      const Piece& p = pieces[static_cast<size_t>(i)];
+      std::copy_n(p.request->ids.begin() + p.begin, p.n, chunk + row);
+      row += p.n;
+      max_len = std::max(max_len, p.n);
+      chunk[at.start + i + 1] = static_cast<int32_t>(row);
+      chunk[at.slot + i] = p.request->slot;
+      if (p.request->sample && p.last()) chunk[at.end + n_end++] = static_cast<int32_t>(row - 1);
+    }
+    const Tensor& all = e.step_memory[kChunk];
+    e.op.upload(all.data, chunk, e.chunk.size() * sizeof(int32_t));
+    const auto part = [&](int64_t offset, int64_t n) {
+      return Tensor(all.as<int32_t>() + offset, DType::i32, {n});
+    };
+    e.forward(part(0, n_tok),
+              {n_tok, n_seq, max_len, part(at.start, n_seq + 1), part(at.slot, n_seq)});
+    if (n_end > 0) {
+      e.op.gather_rows(e.step_memory[kEnd].rows(n_ended, n_end), e.residual(0, n_tok),
+                       part(at.end, n_end));
+      n_ended += n_end;
+    }
+
+    if (sink) {  // of one request: its rows are the chunk's
+      const Piece& p = pieces[0];
+      const int64_t fed = e.slot_at(p.request->slot).n_fed;
+      const int64_t first = !last_only ? 0 : p.last() ? n_tok - 1 : n_tok;
+      for (int64_t r = first; r < n_tok; r += block) {
+        const int64_t n = std::min(block, n_tok - r);
+        sink(fed + r, n, e.to_host(e.head(e.residual(r, n))));
+      }
+    }
+    for (const Piece& p : pieces) e.slot_at(p.request->slot).n_fed += p.n;
+  }
+
+  if (n_drawn > 0) {
+    e.sample(e.head(e.step_memory[kEnd].rows(0, n_drawn)), end_slot, n_drawn);
+    e.posted(n_drawn, n_drawn);
+    for (const int32_t slot : end_slots) {
+      Impl::Slot& s = e.slot_at(slot);
+      s.sampled = s.drawn = true;
+      s.history.clear();
     }
   }
   return true;
@@ -376,42 +529,47 @@ void Engine::step(std::span<const int32_t> slots) {
   Impl& e = *impl_;
   e.require_room();
   if (slots.empty()) throw Error(ErrorKind::runtime, "a step without sequences");
-  if (!std::ranges::equal(slots, e.decode_slots)) {
-    if (slots.size() > e.slots.size()) {
-      throw Error(ErrorKind::runtime,
-                  fmt::format("{} sequences in a step, {} slots", slots.size(), e.slots.size()));
-    }
-    for (size_t i = 0; i < slots.size(); ++i) {
-      if (std::ranges::find(slots.first(i), slots[i]) !=
-          slots.begin() + static_cast<ptrdiff_t>(i)) {
-        throw Error(ErrorKind::runtime, fmt::format("slot {} twice in a step", slots[i]));
-      }
-    }
-    e.decode_slots.assign(slots.begin(), slots.end());
-    e.op.upload(e.step_memory[kDecodeSlot].data, slots.data(), slots.size_bytes());
+  const auto n = static_cast<int64_t>(slots.size());
+  if (n > e.options.n_slot) {
+    throw Error(ErrorKind::runtime,
+                fmt::format("{} sequences in a step, {} slots", n, e.options.n_slot));
   }
   for (const int32_t slot : slots) {
-    Impl::Slot& s = e.slot_at(slot);
-    if (!s.sampled) {
+    if (!e.slot_at(slot).sampled) {
       throw Error(ErrorKind::runtime, fmt::format("slot {} has no token to go on from", slot));
     }
-    ++s.n_fed;
   }
-  const auto n = static_cast<int64_t>(slots.size());
-  e.op.replay(e.decode_key + (static_cast<uint64_t>(n) << 1 | (e.keep ? 1U : 0U)),
-              [&e, n] { e.decode(n); });
-  e.posted(n);
+  const int64_t n_row = e.options.pad_steps ? std::min(step_rows(n), e.options.n_slot) : n;
+  if (!std::ranges::equal(slots, e.decode_slots)) {
+    e.require_distinct(slots, [](int32_t slot) { return slot; });
+    e.decode_slots.assign(slots.begin(), slots.end());
+    e.padded_slots.assign(static_cast<size_t>(n_row), -1);
+    std::ranges::copy(slots, e.padded_slots.begin());
+    e.op.upload(e.step_memory[kDecodeSlot].data, e.padded_slots.data(),
+                e.padded_slots.size() * sizeof(int32_t));
+  }
+  for (const int32_t slot : slots) ++e.slot_at(slot).n_fed;
+  e.op.replay(e.decode_key + (static_cast<uint64_t>(n_row) << 1 | (e.keep ? 1U : 0U)),
+              [&e, n_row] { e.decode(n_row); });
+  e.posted(n, n_row);
+}
+
+int64_t Engine::step_rows(int64_t n) {
+  // Up to 8 the powers of two; then steps of an eighth to a quarter of the size, 8 to 32 rows.
+  if (n <= 8) return std::bit_ceil(static_cast<uint64_t>(n));
+  const int64_t step = n <= 64 ? 8 : n <= 256 ? 16 : 32;
+  return (n + step - 1) / step * step;
 }
 
 std::span<const int32_t> Engine::receive() {
   Impl& e = *impl_;
   if (e.n_outstanding == 0) throw Error(ErrorKind::runtime, "nothing was launched to receive");
-  const auto n = static_cast<size_t>(e.outstanding[e.first_outstanding]);
+  const Impl::Launch launch = e.outstanding[e.first_outstanding];
   e.first_outstanding = (e.first_outstanding + 1) % kMaxOutstanding;
   --e.n_outstanding;
-  const std::span<int32_t> tokens = std::span(e.tokens).first(n);
+  const std::span<int32_t> tokens = std::span(e.tokens).first(static_cast<size_t>(launch.n_row));
   e.op.receive(tokens);
-  return tokens;
+  return tokens.first(static_cast<size_t>(launch.n_seq));
 }
 
 void Engine::keep_logits(bool keep) {

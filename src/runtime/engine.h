@@ -30,7 +30,10 @@ struct EngineOptions {
       4096;                 ///< largest repeat_last_n that is honoured; -1 in params means this
   int64_t max_bias = 64;    ///< largest number of logit biases per sequence
   int64_t vocab_limit = 0;  ///< tokens from here on are never sampled; 0: the model's vocab_size
-  bool poison = false;      ///< starts all memory as NaN, so that a read of a free slot shows
+  /// Fill steps up with padding rows to one of a few sizes (Engine::step_rows), for callers whose
+  /// number of sequences changes often: a backend remembers the launches of each size.
+  bool pad_steps = false;
+  bool poison = false;  ///< starts all memory as NaN, so that a read of a free slot shows
 };
 
 /// Bytes of device memory by use, as `inspect` and the statistics line report them.
@@ -56,6 +59,13 @@ using LogitsSink = std::function<void(int64_t first_position, int64_t n_rows, co
 
 using LogitBias = std::vector<std::pair<int32_t, float>>;
 
+/// Tokens for one sequence of a packed prefill.
+struct PrefillRequest {
+  int32_t slot = 0;
+  std::span<const int32_t> ids;
+  bool sample = true;  ///< draw a token after the last of them; false: more will follow
+};
+
 class Engine {
  public:
   Engine(const Model& model, Ops& op, const EngineOptions& options);
@@ -76,9 +86,21 @@ class Engine {
                const LogitsSink& sink = {}, bool last_only = false,
                const std::function<bool()>& cancelled = {});
 
+  /// The same for several sequences, packed without padding into chunks of at most prefill_chunk
+  /// tokens: a chunk may end some prompts and begin others. The tokens of all requests that sample
+  /// are one launch to receive, in the order of the requests. Each slot may occur once.
+  bool prefill(std::span<const PrefillRequest> requests,
+               const std::function<bool()>& cancelled = {});
+
+  /// Feeds slot `to`, which is open, what was fed to slot `from`, by copying its state. Of neither
+  /// may a token have been sampled since it was opened.
+  void copy(int from, int to);
+
   /// Each slot feeds the token it sampled last and samples the next. Launches only. At most 8
   /// launches may be waiting for receive().
   void step(std::span<const int32_t> slots);
+  /// Rows that a step of n sequences has with EngineOptions::pad_steps, unless n_slot is less.
+  [[nodiscard]] static int64_t step_rows(int64_t n);
 
   /// Waits for the oldest prefill or step not yet received and returns its tokens, in the order of
   /// its slots; valid until the next call.
@@ -93,6 +115,9 @@ class Engine {
   [[nodiscard]] int64_t prefill_chunk() const noexcept;
 
  private:
+  bool prefill_packed(std::span<const PrefillRequest> requests, const LogitsSink& sink,
+                      bool last_only, const std::function<bool()>& cancelled);
+
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

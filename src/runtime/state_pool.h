@@ -18,6 +18,8 @@ class StatePool {
   [[nodiscard]] const std::vector<LayerState>& layers() const noexcept { return layers_; }
   /// Makes the slot's state that of an empty sequence: zero.
   void clear(int64_t slot);
+  /// Makes the state of `to` that of `from`.
+  void copy(int64_t from, int64_t to);
 
   [[nodiscard]] size_t bytes() const noexcept { return slab_.bytes(); }
 
@@ -27,6 +29,11 @@ class StatePool {
                                                      int64_t n_slot);
 
  private:
+  /// f(row, pitch) for each tensor of a layer: its row of `slot` in the first layer, and the bytes
+  /// from there to the same row in the next.
+  template <typename F>
+  void each_row(int64_t slot, F&& f) const;
+
   Ops& op_;
   Slab slab_;
   std::vector<LayerState> layers_;

@@ -27,6 +27,48 @@ TEST_P(Memory, IsAlignedAndCopied) {
   EXPECT_EQ(back, bytes);
 }
 
+TEST_P(Memory, RowsAreCopiedAndZeroedAtTheirPitch) {
+  Ops& op = ops(GetParam());
+  constexpr size_t kPitch = 96;
+  constexpr size_t kRows = 7;
+  std::vector<uint8_t> want(kPitch * kRows);
+  for (size_t i = 0; i < want.size(); ++i) want[i] = static_cast<uint8_t>(i * 5 + 1);
+  const Buffer b = op.allocate(want.size(), "rows");
+  auto* at = static_cast<std::byte*>(b.data());
+  op.upload(at, want.data(), want.size());
+  op.copy_rows(at + 40, at + 8, kPitch, 20, kRows);
+  op.zero_rows(at + 70, kPitch, 9, kRows);
+  for (size_t r = 0; r < kRows; ++r) {
+    for (size_t i = 0; i < 20; ++i) want[r * kPitch + 40 + i] = want[r * kPitch + 8 + i];
+    for (size_t i = 0; i < 9; ++i) want[r * kPitch + 70 + i] = 0;
+  }
+  std::vector<uint8_t> back(want.size());
+  op.download(back.data(), b.data(), back.size());
+  EXPECT_EQ(back, want);
+}
+
+TEST_P(Memory, UploadsTakeTheSourceBeforeTheyReturn) {
+  // More and larger ones than a staging area holds, from memory that is written over at once.
+  Ops& op = ops(GetParam());
+  std::vector<uint8_t> want;
+  std::vector<size_t> sizes{1, 7, 64, 65, 4000, 524287, 524288, 524289, 3000001};
+  for (int i = 0; i < 2000; ++i) sizes.push_back(static_cast<size_t>(i * 37 % 9001));
+  size_t total = 0;
+  for (const size_t n : sizes) total += n;
+  const Buffer b = op.allocate(total, "uploads");
+  std::vector<uint8_t> source(3000001);
+  size_t done = 0;
+  for (const size_t n : sizes) {
+    for (size_t i = 0; i < n; ++i) source[i] = static_cast<uint8_t>((done + i) * 31 >> 3);
+    op.upload(static_cast<std::byte*>(b.data()) + done, source.data(), n);
+    want.insert(want.end(), source.begin(), source.begin() + static_cast<ptrdiff_t>(n));
+    done += n;
+  }
+  std::vector<uint8_t> back(total);
+  op.download(back.data(), b.data(), total);
+  EXPECT_TRUE(back == want);
+}
+
 TEST_P(Memory, NothingIsABuffer) {
   Ops& op = ops(GetParam());
   const Buffer none = op.allocate(0, "nothing");

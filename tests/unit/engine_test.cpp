@@ -164,6 +164,157 @@ std::vector<std::vector<float>> batch_logits(Engine& e, const std::vector<int32_
   return logits;
 }
 
+TEST_P(EngineTest, PackedPromptsEqualEachAlone) {
+  // Lengths around d_conv and the chunk, so that chunks end some prompts, begin others and split
+  // the long ones; prefilled in one call or in two pieces each.
+  constexpr int64_t kChunk = 16;
+  const std::vector<size_t> lengths{1, 15, 40, 2, 3, 16, 5, 1, 17, 4, 100, 1};
+  EngineOptions options;
+  options.prefill_chunk = kChunk;
+  options.n_slot = std::ssize(lengths);
+  options.poison = true;
+  std::vector<std::vector<float>> want;
+  std::vector<int32_t> want_ids;
+  std::vector<std::vector<int32_t>> prompts;
+  Engine alone = engine();
+  alone.keep_logits(true);
+  for (const size_t n : lengths) {
+    prompts.push_back(prompt(n, n + prompts.size()));
+    alone.open(0, stream(prompts.size()));
+    alone.prefill(0, prompts.back());
+    want_ids.push_back(alone.receive()[0]);
+    want.push_back(copy(alone.logits()));
+  }
+  for (const bool in_pieces : {false, true}) {
+    Engine e = engine(options);
+    e.keep_logits(true);
+    std::vector<PrefillRequest> requests;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const auto slot = static_cast<int32_t>((i * 5 + 3) % prompts.size());
+      e.open(slot, stream(i + 1));
+      requests.push_back({slot, prompts[i], true});
+    }
+    if (in_pieces) {
+      std::vector<PrefillRequest> begins;
+      for (PrefillRequest& r : requests) {
+        const size_t n = r.ids.size() / 3;
+        if (n > 0) begins.push_back({r.slot, r.ids.first(n), false});
+        r.ids = r.ids.subspan(n);
+      }
+      EXPECT_TRUE(e.prefill(begins));
+      EXPECT_TRUE(throws(ErrorKind::runtime, "receive", [&] { (void)e.receive(); }));
+    }
+    EXPECT_TRUE(e.prefill(requests));
+    EXPECT_THAT(e.receive(), ElementsAreArray(want_ids));
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_TRUE(near_std(e.logits(static_cast<int64_t>(i)), want[i], kRounding)) << lengths[i];
+    }
+    // The states are right too: all go on together.
+    std::vector<int32_t> slots;
+    for (const PrefillRequest& r : requests) slots.push_back(r.slot);
+    e.step(slots);
+    const auto stepped = e.receive();
+    const std::vector<int32_t> next(stepped.begin(), stepped.end());
+    for (size_t i = 0; i < want.size(); ++i) {
+      alone.open(0, stream(i + 1));
+      EXPECT_EQ(generate(alone, 0, prompts[i], 2)[1], next[i]) << lengths[i];
+    }
+  }
+}
+
+TEST_P(EngineTest, PackedPrefillMixesRequestsThatSampleAndThatDoNot) {
+  Engine e = engine_of_slots(3);
+  for (int slot = 0; slot < 3; ++slot) e.open(slot, greedy());
+  const auto a = prompt(7, 1);
+  const auto b = prompt(9, 2);
+  const std::vector<PrefillRequest> requests{{2, a, false}, {0, b, true}, {1, a, true}};
+  EXPECT_TRUE(e.prefill(requests));
+  const std::vector<int32_t> got = [&] {
+    const auto tokens = e.receive();
+    return std::vector<int32_t>(tokens.begin(), tokens.end());
+  }();
+  Engine alone = engine();
+  for (const auto& [ids, token] : {std::pair{b, got[0]}, {a, got[1]}}) {
+    alone.open(0, greedy());
+    EXPECT_EQ(generate(alone, 0, ids, 1)[0], token);
+  }
+  EXPECT_TRUE(throws(ErrorKind::runtime, "slot 2", [&] { e.step({{2}}); }));
+  EXPECT_TRUE(throws(ErrorKind::runtime, "twice", [&] {
+    const std::vector<PrefillRequest> twice{{0, a, true}, {0, b, true}};
+    e.prefill(twice);
+  }));
+  EXPECT_TRUE(e.prefill(std::span<const PrefillRequest>()));
+}
+
+TEST_P(EngineTest, ACopiedSequenceGoesOnLikeItsSource) {
+  // Penalties look back into the copied text.
+  SampleParams params = stream(5);
+  params.repeat_penalty = 1.5F;
+  params.repeat_last_n = 20;
+  const auto prefix = prompt(33, 1);
+  const auto rest = prompt(4, 2);
+  auto whole = prefix;
+  whole.insert(whole.end(), rest.begin(), rest.end());
+  Engine alone = engine();
+  alone.open(0, params);
+  const auto want = generate(alone, 0, whole, 30);
+
+  Engine e = engine_of_slots(4, /*poison=*/true);
+  e.open(3, greedy());
+  e.prefill(3, prefix, /*sample=*/false);
+  for (const int slot : {1, 0}) {
+    e.open(slot, params);
+    e.copy(3, slot);
+    EXPECT_EQ(generate(e, slot, rest, 30), want);
+  }
+  e.open(2, greedy());
+  EXPECT_TRUE(throws(ErrorKind::runtime, "slot 0", [&] { e.copy(0, 2); }));
+  EXPECT_TRUE(throws(ErrorKind::runtime, "slot 1", [&] { e.copy(3, 1); }));
+}
+
+TEST_P(EngineTest, PaddedStepsGiveTheSameTokens) {
+  // 11 sequences that end one by one: steps of 11, 10, ... 1, padded to 11, 8, 4, 2 and 1 rows.
+  const auto run = [&](bool pad) {
+    EngineOptions options;
+    options.n_slot = 11;
+    options.pad_steps = pad;
+    options.poison = true;
+    Engine e = engine(options);
+    std::vector<int32_t> slots;
+    std::vector<std::vector<int32_t>> texts(11);
+    for (int32_t s = 0; s < 11; ++s) {
+      e.open(s, stream(static_cast<uint64_t>(s)));
+      e.prefill(s, prompt(3, static_cast<uint64_t>(s)));
+      texts[static_cast<size_t>(s)].push_back(e.receive()[0]);
+      slots.push_back(s);
+    }
+    for (; !slots.empty(); slots.erase(slots.begin() + std::ssize(slots) / 2)) {
+      for (int i = 0; i < 3; ++i) {  // a backend may replay what it did before
+        e.step(slots);
+        const auto tokens = e.receive();
+        EXPECT_EQ(tokens.size(), slots.size());
+        for (size_t k = 0; k < slots.size(); ++k) {
+          texts[static_cast<size_t>(slots[k])].push_back(tokens[k]);
+        }
+      }
+    }
+    return texts;
+  };
+  EXPECT_EQ(run(true), run(false));
+}
+
+TEST(EngineStepRows, AreFew) {
+  std::set<int64_t> sizes;
+  for (int64_t n = 1; n <= 1024; ++n) {
+    const int64_t rows = Engine::step_rows(n);
+    EXPECT_GE(rows, n);
+    EXPECT_LE(rows, n + std::max<int64_t>(n - 1, 7));
+    EXPECT_GE(rows, Engine::step_rows(n - (n > 1 ? 1 : 0)));
+    sizes.insert(rows);
+  }
+  EXPECT_LE(sizes.size(), 50U);
+}
+
 TEST_P(EngineTest, SlotsAndTheirOrderChangeNoBit) {
   Engine a = engine_of_slots(3);
   const auto want = batch_logits(a, {0, 1, 2}, {0, 1, 2}, vocab_);
