@@ -13,6 +13,7 @@
 // asynchronous.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -141,6 +142,10 @@ class Ops {
   /// out = x * rsqrt(mean(x^2) + eps) * weight, per row.  out T or f32 [n, d], x f32 [n, d], weight
   /// f32 [d]
   virtual void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) = 0;
+
+  /// x[i] *= rsqrt(mean(x[i]^2) + eps), for each part of a row by itself: parts of these widths,
+  /// one after the other, from the first column. x T [n, d], d >= the sum of `widths`.
+  virtual void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) = 0;
 
   /// out = in * W^T (+ bias).  out T or f32 [n, n_out] view, in T [n, n_in] view, W [n_out, n_in],
   /// bias f32 [n_out] or null. Accumulates in f32.

@@ -22,6 +22,11 @@ void FastOps::rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight,
   cpu::rms_norm(pool_, out, x, weight, eps);
 }
 
+void FastOps::rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) {
+  cpu::check_rms_norm_parts(x, widths);
+  cpu::rms_norm_parts(pool_, x, widths, eps);
+}
+
 void FastOps::linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) {
   cpu::check_linear("linear", out, in, W, bias);
   cpu::linear(pool_, out, in, W, bias, false);

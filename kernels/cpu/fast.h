@@ -15,6 +15,7 @@ class FastOps : public PlainOps {
 
   void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) override;
   void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) override;
+  void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) override;
   void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override;
   void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
                   const Tensor& bias) override;
@@ -34,6 +35,8 @@ std::string vector_target();
 
 void rms_norm(ThreadPool& pool, const Tensor& out, const Tensor& x, const Tensor& weight,
               float eps);
+void rms_norm_parts(ThreadPool& pool, const Tensor& x, const std::array<int64_t, 3>& widths,
+                    float eps);
 void linear(ThreadPool& pool, const Tensor& out, const Tensor& in, const Tensor& W,
             const Tensor& bias, bool add);
 void conv1d_silu(ThreadPool& pool, const Tensor& out, const Tensor& u, const Tensor& weight,

@@ -65,6 +65,20 @@ void PlainOps::rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight
   }
 }
 
+void PlainOps::rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) {
+  cpu::check_rms_norm_parts(x, widths);
+  for (int64_t t = 0; t < x.dim(0); ++t) {
+    int64_t begin = 0;
+    for (const int64_t width : widths) {
+      float squares = 0;
+      for (int64_t i = begin; i < begin + width; ++i) squares += at(x, t, i) * at(x, t, i);
+      const float scale = 1.0F / std::sqrt(squares / static_cast<float>(width) + eps);
+      for (int64_t i = begin; i < begin + width; ++i) at(x, t, i) *= scale;
+      begin += width;
+    }
+  }
+}
+
 void PlainOps::linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) {
   cpu::check_linear("linear", out, in, W, bias);
   multiply(out, in, W, bias, false);

@@ -13,6 +13,7 @@ class PlainOps : public CpuOps {
   void embed(const Tensor& residual, const Tensor& ids, const Tensor& table) override;
   void gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) override;
   void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) override;
+  void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) override;
   void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override;
   void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
                   const Tensor& bias) override;

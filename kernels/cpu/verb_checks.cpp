@@ -1,5 +1,9 @@
 #include "kernels/cpu/verb_checks.h"
 
+#include <fmt/ranges.h>
+
+#include <numeric>
+
 namespace krait::cpu {
 
 namespace {
@@ -39,6 +43,14 @@ void check_rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight) {
   check_dense("rms_norm", "x", x, {n, d}, kF32);
   check_dense("rms_norm", "out", out, {n, d}, kF32);
   check_tensor("rms_norm", "weight", weight, {d}, kF32);
+}
+
+void check_rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths) {
+  check_tensor("rms_norm_parts", "x", x, {dim(x, 0), dim(x, 1)}, kF32);
+  if (std::accumulate(widths.begin(), widths.end(), int64_t{0}) > x.dim(1)) {
+    wrong_tensor("rms_norm_parts", "x", fmt::format("{} or more columns", fmt::join(widths, " + ")),
+                 x);
+  }
 }
 
 void check_linear(std::string_view verb, const Tensor& out, const Tensor& in, const Tensor& W,

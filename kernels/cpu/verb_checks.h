@@ -10,6 +10,7 @@ namespace krait::cpu {
 void check_embed(const Tensor& residual, const Tensor& ids, const Tensor& table);
 void check_gather_rows(const Tensor& out, const Tensor& src, const Tensor& index);
 void check_rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight);
+void check_rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths);
 void check_linear(std::string_view verb, const Tensor& out, const Tensor& in, const Tensor& W,
                   const Tensor& bias);
 void check_conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,

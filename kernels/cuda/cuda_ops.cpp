@@ -142,6 +142,9 @@ class CudaOps final : public Ops {
   void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps) override {
     cuda::rms_norm(out, x, weight, eps, stream_);
   }
+  void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps) override {
+    cuda::rms_norm_parts(x, widths, eps, stream_);
+  }
   void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override {
     product(out, in, W, bias, false);
   }

@@ -16,6 +16,8 @@ void convert(void* dst, DType dst_type, const void* src, DType src_type, int64_t
              cudaStream_t stream);
 void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps,
               cudaStream_t stream);
+void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float eps,
+                    cudaStream_t stream);
 
 /// out (+)= in * W^T + bias for any number of rows, the weights streamed once for each 4 rows.
 void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias, bool accumulate,

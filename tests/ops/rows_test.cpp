@@ -1,4 +1,4 @@
-// The verbs on single rows: embed, gather_rows, rms_norm.
+// The verbs on single rows: embed, gather_rows, rms_norm, rms_norm_parts.
 #include "ops/ops_test_util.h"
 
 namespace krait::test {
@@ -49,6 +49,35 @@ TEST_P(Rows, RmsNormEqualsDefinition) {
   };
   const DType T = c.f32_out ? DType::f32 : ops(backend).activation_dtype(c.weights);
   EXPECT_TRUE(near_std(run(backend), run(Backend::plain), tolerance(T)));
+}
+
+TEST_P(Rows, RmsNormPartsEqualsDefinition) {
+  const auto& [backend, c] = GetParam();
+  const std::array<int64_t, 3> widths{c.d, 16, 5};
+  const int64_t width = c.d + 21;
+  Random r(15);
+  const float scale = std::min(c.scale, 1e3F);  // the input is of type T here
+  const Values x = r.uniform(c.n * width, -scale, scale);
+  const auto run = [&](Backend b, DType T) {
+    Device d(b);
+    const Tensor v =
+        d.view(rounded(x, T), {c.n, width}, b == Backend::plain ? DType::f32 : T, 5, 3);
+    d.op.rms_norm_parts(v, widths, 1e-6F);
+    // What lies on both sides of the view is left alone.
+    const Tensor all = v.columns(-5, width + 8);
+    Values before, after;
+    const Values wide = d.read(all);
+    for (int64_t t = 0; t < c.n; ++t) {
+      append(before, rows(wide, t, t + 1, width + 8));
+      before.resize(before.size() - static_cast<size_t>(width + 3));
+      append(after, Values(wide.begin() + (t + 1) * (width + 8) - 3,
+                           wide.begin() + (t + 1) * (width + 8)));
+    }
+    EXPECT_TRUE(all_nan(before) && all_nan(after));
+    return d.read(v);
+  };
+  const DType T = ops(backend).activation_dtype(c.weights);
+  EXPECT_TRUE(near_std(run(backend, T), run(Backend::plain, T), tolerance(T)));
 }
 
 TEST_P(Rows, EmbedEqualsTheRowsOfTheTable) {
@@ -102,6 +131,14 @@ TEST(RmsNormDefinition, DividesByTheRootOfTheMeanSquare) {
   const Tensor out = d.filled(kNan, {3, 41});
   d.op.rms_norm(out, d.tensor(x, {3, 41}), d.tensor(w, {41}), 0.5F);
   EXPECT_TRUE(near_std(d.read(out), want, 1e-6));
+}
+
+TEST(RmsNormPartsDefinition, EachPartByItsOwnRootOfTheMeanSquare) {
+  Device d(Backend::plain);
+  const Tensor x = d.tensor({3, 4, /**/ 6, /**/ 1, 7, /**/ 9}, {1, 6});
+  d.op.rms_norm_parts(x, {{2, 1, 2}}, 0.0F);
+  const float a = 1 / std::sqrt(12.5F);
+  EXPECT_TRUE(near_std(d.read(x), Values{3 * a, 4 * a, 1, 0.2F, 1.4F, 9}, 1e-6));
 }
 
 }  // namespace
