@@ -51,19 +51,14 @@ Costs count(const Model& model, const Ops& op, const InspectFlags& flags) {
 }
 
 OrderedJson config_json(const ModelConfig& c) {
-  OrderedJson j = {{"family", c.family},
-                   {"layout", c.layout},
-                   {"d_model", c.d_model},
-                   {"n_layer", c.n_layer},
-                   {"vocab_size", c.vocab_size},
-                   {"vocab_rows", c.vocab_rows},
-                   {"d_inner", c.d_inner},
-                   {"d_state", c.d_state},
-                   {"d_conv", c.d_conv},
-                   {"dt_rank", c.dt_rank},
-                   {"norm_eps", short_double(c.norm_eps)},
-                   {"tie_embeddings", c.tie_embeddings},
-                   {"eos_ids", c.eos_ids}};
+  OrderedJson j = {{"family", c.family}, {"layout", c.layout}};
+  for (const ConfigSize& size : kConfigSizes) {
+    if (c.*size.value > 0) j[std::string(size.name)] = c.*size.value;
+  }
+  j["norm_eps"] = short_double(c.norm_eps);
+  if (c.mixer_norm_eps > 0) j["mixer_norm_eps"] = short_double(c.mixer_norm_eps);
+  j["tie_embeddings"] = c.tie_embeddings;
+  j["eos_ids"] = c.eos_ids;
   j["bos_id"] = c.bos_id ? OrderedJson(*c.bos_id) : OrderedJson();
   return j;
 }

@@ -1,17 +1,14 @@
-// Translates config.json. Each world's keys stand in one table; what krait does not build
-// (LayerNorm, MLP or attention layers, other activations) is refused by its key.
+// Translates config.json and params.json: the keys that all families share. What krait does not
+// build (LayerNorm, MLP or attention layers, other activations) is refused by its key.
 #include "model/config.h"
 
-#include <algorithm>
-#include <cmath>
 #include <fstream>
 #include <iterator>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <string_view>
 
 #include "base/error.h"
-#include "base/log.h"
+#include "model/config_reader.h"
 #include "model/family.h"
 
 namespace krait {
@@ -22,117 +19,30 @@ using Json = nlohmann::json;
 
 constexpr int kMaxJsonDepth = 32;
 constexpr std::uintmax_t kMaxConfigBytes = 4U << 20;
-
-// Limits keep every product of two sizes, times layers and item size, far below 2^63; no published
-// model comes near any of them.
-struct SizeKey {
-  int64_t ModelConfig::*field;
-  const char* hugging_face;
-  const char* state_spaces;  ///< "a.b" is key b of the object a
-  int64_t least;
-  int64_t most;
-  int64_t otherwise;  ///< where the key may be absent; 0: it may not
-};
-constexpr SizeKey kSizeKeys[] = {
-    {&ModelConfig::d_model, "hidden_size", "d_model", 1, 1 << 20, 0},
-    {&ModelConfig::n_layer, "num_hidden_layers", "n_layer", 1, 1 << 14, 0},
-    {&ModelConfig::vocab_size, "vocab_size", "vocab_size", 1, 1 << 27, 0},
-    {&ModelConfig::d_state, "state_size", "ssm_cfg.d_state", 1, 1 << 14, 16},
-    {&ModelConfig::d_conv, "conv_kernel", "ssm_cfg.d_conv", 1, 1 << 10, 4},
-};
-constexpr int64_t kMaxInner = 1 << 22;
-constexpr int64_t kMaxRank = 1 << 20;
 constexpr double kMaxExpand = 1024;
 
-/// Typed access to the keys of one config; every complaint names key and file.
-class Reader {
- public:
-  Reader(const Json& json, const std::string& where) : json_(json), where_(where) {}
-
-  /// The value of "key" or "object.key"; null when it is absent or null.
-  [[nodiscard]] const Json* find(std::string_view path) const {
-    const Json* at = &json_;
-    for (size_t begin = 0; begin <= path.size();) {
-      const size_t end = std::min(path.find('.', begin), path.size());
-      if (!at->is_object()) return nullptr;
-      const auto it = at->find(std::string(path.substr(begin, end - begin)));
-      if (it == at->end() || it->is_null()) return nullptr;
-      at = &*it;
-      begin = end + 1;
-    }
-    return at;
-  }
-
-  [[nodiscard]] std::optional<int64_t> integer(std::string_view key, int64_t least,
-                                               int64_t most) const {
-    const Json* v = find(key);
-    if (v == nullptr) return std::nullopt;
-    const bool unsigned_too_large =
-        v->is_number_unsigned() &&
-        v->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
-    const int64_t n = v->is_number_integer() && !unsigned_too_large ? v->get<int64_t>() : least - 1;
-    if (n < least || n > most)
-      fail(key, fmt::format("expected an integer from {} to {}", least, most));
-    return n;
-  }
-
-  [[nodiscard]] std::optional<double> number(std::string_view key, double above,
-                                             double most) const {
-    const Json* v = find(key);
-    if (v == nullptr) return std::nullopt;
-    const double n = v->is_number() ? v->get<double>() : std::nan("");
-    if (!(n > above && n <= most))
-      fail(key, fmt::format("expected a number above {} and up to {}", above, most));
-    return n;
-  }
-
-  [[nodiscard]] bool boolean(std::string_view key, bool otherwise) const {
-    const Json* v = find(key);
-    if (v == nullptr) return otherwise;
-    if (!v->is_boolean()) fail(key, "expected true or false");
-    return v->get<bool>();
-  }
-
-  [[nodiscard]] std::optional<std::string> text(std::string_view key) const {
-    const Json* v = find(key);
-    if (v == nullptr) return std::nullopt;
-    if (!v->is_string()) fail(key, "expected a string");
-    return v->get<std::string>();
-  }
-
-  [[noreturn]] void fail(std::string_view key, const std::string& expected) const {
-    const Json* v = find(key);
-    std::string found =
-        v == nullptr ? "nothing" : v->dump(-1, ' ', true, Json::error_handler_t::replace);
-    if (found.size() > 60) found = found.substr(0, 57) + "...";
-    throw Error(ErrorKind::format,
-                fmt::format("{}: {}: {}, found {}", where_, key, expected, found));
-  }
-
-  [[noreturn]] void unsupported(const std::string& what) const {
-    throw Error(ErrorKind::unsupported, fmt::format("{}: {}", where_, what),
-                "krait runs Mamba-1 models: model_type \"mamba\", or a state-spaces config");
-  }
-
-  [[nodiscard]] const std::string& where() const { return where_; }
-
- private:
-  const Json& json_;
-  const std::string& where_;
+// What every family has; the rest is read by the family.
+constexpr int64_t kMaxLayers = 1 << 14;
+constexpr SizeKey kSizeKeys[] = {
+    {&ModelConfig::d_model, {"hidden_size", "d_model", "dim"}, 1, 1 << 20, 0},
+    {&ModelConfig::n_layer, {"num_hidden_layers", "n_layer", "n_layers"}, 1, kMaxLayers, 0},
+    {&ModelConfig::vocab_size, {"vocab_size", "vocab_size", "vocab_size"}, 1, 1 << 27, 0},
+    {&ModelConfig::d_conv, {"conv_kernel", "ssm_cfg.d_conv"}, 1, 1 << 10, 4},
 };
 
 /// A state-spaces config names its family by ssm_cfg.layer ("Mamba1" when absent); a Hugging Face
-/// one by model_type. Where both are there, ssm_cfg.layer is the more exact: Mistral's files of
-/// Mamba-2 say model_type "mamba".
-const Family& family_of(const Reader& in) {
+/// one by model_type. Where both are there, ssm_cfg.layer is the more exact. Mistral's files say
+/// model_type "mamba" and mean Mamba-2: mistral-inference builds nothing else from them.
+const Family& family_of(const ConfigReader& in) {
   const auto model_type = in.text("model_type");
   const auto layer = in.text("ssm_cfg.layer");
   const bool original = in.find("d_model") != nullptr && in.find("n_layer") != nullptr;
+  const bool mistral = in.layout() == Layout::mistral && model_type == "mamba";
   if (!model_type && !original) {
     in.unsupported("neither model_type nor d_model and n_layer: no config of a Mamba model");
   }
-  const bool by_layer = layer.has_value() || !model_type;
-  const std::string name = layer ? *layer : model_type.value_or("Mamba1");
+  const bool by_layer = layer.has_value() || !model_type || mistral;
+  const std::string name = layer ? *layer : mistral ? "Mamba2" : model_type.value_or("Mamba1");
   for (const Family& f : families()) {
     if (name != (by_layer ? f.ssm_layer : f.model_type)) continue;
     if (f.load == nullptr) in.unsupported(fmt::format("{} is not supported yet", f.title));
@@ -142,7 +52,7 @@ const Family& family_of(const Reader& in) {
                              name.substr(0, 60)));
 }
 
-void refuse_what_is_not_built(const Reader& in) {
+void refuse_what_is_not_built(const ConfigReader& in) {
   if (const auto act = in.text("hidden_act"); act && *act != "silu" && *act != "swish") {
     in.unsupported(fmt::format("hidden_act \"{}\" (expected silu)", act->substr(0, 60)));
   }
@@ -156,7 +66,7 @@ void refuse_what_is_not_built(const Reader& in) {
 }
 
 /// Ids may be one integer, a list, or absent. A negative id means "none" in some files.
-std::vector<int32_t> id_list(const Reader& in, std::string_view key) {
+std::vector<int32_t> id_list(const ConfigReader& in, const char* key) {
   const Json* v = in.find(key);
   if (v == nullptr) return {};
   const Json list = v->is_array() ? *v : Json::array({*v});
@@ -207,49 +117,41 @@ ModelConfig parse_config(const Json& json, const std::string& where) {
   if (!json.is_object()) {
     throw Error(ErrorKind::format, fmt::format("{}: expected a JSON object", where));
   }
-  const Reader in(json, where);
+  const ConfigReader in(json, where);
   const Family& family = family_of(in);
   refuse_what_is_not_built(in);
 
+  constexpr std::string_view kLayouts[] = {"huggingface", "state-spaces", "mistral"};
+  const bool hf = in.layout() == Layout::huggingface;
   ModelConfig c;
   c.family = family.name;
-  const bool hf = in.find("model_type") != nullptr && in.find("hidden_size") != nullptr;
-  c.layout = hf ? "huggingface" : "state-spaces";
-
-  for (const SizeKey& k : kSizeKeys) {
-    const char* key = hf ? k.hugging_face : k.state_spaces;
-    const auto value = in.integer(key, k.least, k.most);
-    if (!value && k.otherwise == 0) in.fail(key, "expected an integer");
-    if (!value && hf) spdlog::info("{}: {} is absent, taking {}", where, key, k.otherwise);
-    c.*k.field = value.value_or(k.otherwise);
-  }
+  c.layout = kLayouts[static_cast<size_t>(in.layout())];
+  for (const SizeKey& k : kSizeKeys) in.size(k, c);
   if (c.d_conv < 2) in.unsupported("a convolution of width 1");
 
   // d_inner = expand * d_model; in a Hugging Face config an explicit intermediate_size wins.
-  const double expand = in.number(hf ? "expand" : "ssm_cfg.expand", 0, kMaxExpand).value_or(2);
+  const char* expand_key = in.name({"expand", "ssm_cfg.expand"});
+  const double expand = in.number(expand_key, 0, kMaxExpand).value_or(2);
   const auto product = static_cast<int64_t>(expand * static_cast<double>(c.d_model));
   const auto explicit_inner = hf ? in.integer("intermediate_size", 1, kMaxInner) : std::nullopt;
   c.d_inner = explicit_inner.value_or(product);
   if (c.d_inner < 1 || c.d_inner > kMaxInner) {
-    in.fail(hf ? "expand" : "ssm_cfg.expand",
+    in.fail(expand_key != nullptr ? expand_key : "dim",
             fmt::format("expected expand * d_model from 1 to {}", kMaxInner));
   }
 
-  const char* rank_key = hf ? "time_step_rank" : "ssm_cfg.dt_rank";
-  const Json* rank = in.find(rank_key);
-  const bool automatic = rank == nullptr || *rank == "auto";
-  c.dt_rank = automatic ? (c.d_model + 15) / 16 : in.integer(rank_key, 1, kMaxRank).value();
-
   c.norm_eps = static_cast<float>(
-      in.number(hf ? "layer_norm_epsilon" : "norm_epsilon", 0, 1).value_or(1e-5));
-  c.tie_embeddings = in.boolean(hf ? "tie_word_embeddings" : "tie_embeddings", true);
+      in.number(in.name({"layer_norm_epsilon", "norm_epsilon"}), 0, 1).value_or(1e-5));
+  c.tie_embeddings =
+      in.boolean(in.name({"tie_word_embeddings", "tie_embeddings", "tie_embeddings"}), true);
   c.eos_ids = id_list(in, "eos_token_id");
   if (const auto bos = id_list(in, "bos_token_id"); !bos.empty()) c.bos_id = bos.front();
 
   if (hf) {
-    keep_others(c.other_n_layer, c.n_layer, {in.integer("n_layer", 1, kSizeKeys[1].most)});
+    keep_others(c.other_n_layer, c.n_layer, {in.integer("n_layer", 1, kMaxLayers)});
     keep_others(c.other_d_inner, c.d_inner, {in.integer("d_inner", 1, kMaxInner), product});
   }
+  family.read_config(in, c);
   return c;
 }
 

@@ -4,29 +4,25 @@
 
 namespace krait {
 
-namespace {
-
-constexpr std::array kFamilies{
-    Family{"mamba1", "mamba", "Mamba1", "Mamba-1", load_mamba1, mamba1_layer_state,
-           mamba1_activations},
-    Family{"falcon-mamba", "falcon_mamba", "", "Falcon-Mamba"},
-    Family{"mamba2", "mamba2", "Mamba2", "Mamba-2"},
-    Family{"mamba3", "mamba3", "Mamba3", "Mamba-3"},
-    Family{"jamba", "jamba", "", "Jamba"},
-    Family{"zamba", "zamba", "", "Zamba"},
-    Family{"zamba2", "zamba2", "", "Zamba2"},
-    Family{"bamba", "bamba", "", "Bamba"},
-    Family{"granite-h", "granitemoehybrid", "", "Granite 4 hybrid"},
-    Family{"nemotron-h", "nemotron_h", "", "Nemotron-H"},
-    Family{"falcon-h1", "falcon_h1", "", "Falcon-H1"},
-};
-
-}  // namespace
-
-std::span<const Family> families() { return kFamilies; }
+std::span<const Family> families() {
+  static const std::array kFamilies{
+      mamba1_family(),
+      falcon_mamba_family(),
+      Family{"mamba2", "mamba2", "Mamba2", "Mamba-2"},
+      Family{"mamba3", "mamba3", "Mamba3", "Mamba-3"},
+      Family{"jamba", "jamba", "", "Jamba"},
+      Family{"zamba", "zamba", "", "Zamba"},
+      Family{"zamba2", "zamba2", "", "Zamba2"},
+      Family{"bamba", "bamba", "", "Bamba"},
+      Family{"granite-h", "granitemoehybrid", "", "Granite 4 hybrid"},
+      Family{"nemotron-h", "nemotron_h", "", "Nemotron-H"},
+      Family{"falcon-h1", "falcon_h1", "", "Falcon-H1"},
+  };
+  return kFamilies;
+}
 
 const Family& family_named(std::string_view name) {
-  for (const Family& f : kFamilies) {
+  for (const Family& f : families()) {
     if (f.name == name && f.load != nullptr) return f;
   }
   throw Error(ErrorKind::unsupported, fmt::format("models of the family {} are not built", name));

@@ -1,5 +1,7 @@
-// The families of models: families.cpp names them, one line each. A family that krait recognises
-// but does not build has no functions, and is refused by its name.
+// The families of models: families.cpp names them, one line each. A family is its equations
+// (NAME.cpp), the table of its tensors and the config keys that it alone has (NAME_weights.cpp);
+// nothing else knows one from another. A family that krait recognises but does not build has no
+// functions, and is refused by its name.
 #pragma once
 
 #include <memory>
@@ -11,6 +13,31 @@
 
 namespace krait {
 
+class ConfigReader;
+
+/// How a tensor of a block is read.
+enum class Role : uint8_t { matrix, vector, optional_vector, negative_exp };
+
+/// How a model of random weights fills it.
+enum class Init : uint8_t {
+  absent,  ///< an optional tensor that the published models don't have
+  zeros,
+  ones,
+  matrix,   ///< uniform in +-sqrt(3 / fan_in): keeps the variance
+  out,      ///< the same, divided by sqrt(n_layer), the number of additions to the residual
+  uniform,  ///< uniform in +-sqrt(1 / fan_in)
+  decay,    ///< log of -A: of 1 .. d_state along a row, or of values from 1 to 16 where A is [H]
+  dt_bias,  ///< inverse softplus of values from 0.001 to 0.1
+};
+
+/// One tensor of a block.
+struct TensorRow {
+  std::string_view name;  ///< after "backbone.layers.N."
+  Role role;
+  Init init;
+  Shape shape;
+};
+
 struct Family {
   std::string_view name;        ///< krait's name, as in ModelConfig::family
   std::string_view model_type;  ///< of a Hugging Face config.json
@@ -18,6 +45,9 @@ struct Family {
       ssm_layer;           ///< ssm_cfg.layer of a state-spaces config.json; "" where none exists
   std::string_view title;  ///< for messages
 
+  /// Completes a config whose common sizes are read.
+  void (*read_config)(const ConfigReader& in, ModelConfig& config) = nullptr;
+  std::vector<TensorRow> (*tensors)(const ModelConfig&) = nullptr;  ///< of one block
   std::unique_ptr<Model> (*load)(const ModelConfig&, WeightLoader&) = nullptr;
   std::vector<TensorSpec> (*layer_state)(const ModelConfig&, DType activation, DType ssm) = nullptr;
   std::vector<TensorSpec> (*activations)(const ModelConfig&, DType activation) = nullptr;
@@ -28,9 +58,8 @@ struct Family {
 /// The family of that name. Error unsupported: unknown or not built.
 [[nodiscard]] const Family& family_named(std::string_view name);
 
-// mamba1.cpp
-std::unique_ptr<Model> load_mamba1(const ModelConfig& config, WeightLoader& in);
-std::vector<TensorSpec> mamba1_layer_state(const ModelConfig& config, DType activation, DType ssm);
-std::vector<TensorSpec> mamba1_activations(const ModelConfig& config, DType activation);
+// Each beside its equations.
+[[nodiscard]] Family mamba1_family();
+[[nodiscard]] Family falcon_mamba_family();
 
 }  // namespace krait

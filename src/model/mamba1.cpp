@@ -1,28 +1,24 @@
 // Mamba-1: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
 // figure 3 and algorithm 2. Rows are the n_tok tokens of a step, its sequences packed.
+//
+// Falcon-Mamba (Zuo et al. 2024) is the same with one thing more: dt (before its projection), B and
+// C are normalised by their root mean square, without weights.
 #include "model/family.h"
-#include "model/weights.h"
+#include "model/mamba1_weights.h"
 
 namespace krait {
 
 namespace {
 
-// In the order of mamba1_layer_state() and mamba1_activations().
+// In the order of layer_state() and activations() below.
 enum StateTensor : size_t { kConvState, kSsmState };
 enum ActivationTensor : size_t { kU, kXz, kX, kDbc, kDt };
 
 class Mamba1 final : public Model {
  public:
   Mamba1(const ModelConfig& config, WeightLoader& in)
-      : Model(config, in), layers_(load_mamba1_layers(in, config)) {
+      : Model(config, in), layers_(load_layers(in, config, mamba1_rows(config))) {
     finish(in);
-  }
-
-  [[nodiscard]] std::vector<TensorSpec> layer_state(DType activation, DType ssm) const override {
-    return mamba1_layer_state(config_, activation, ssm);
-  }
-  [[nodiscard]] std::vector<TensorSpec> activations(DType activation) const override {
-    return mamba1_activations(config_, activation);
   }
 
   void forward(Ops& op, const Tensor& residual, const Tensor& ids, const Batch& batch,
@@ -55,7 +51,8 @@ class Mamba1 final : public Model {
     op.rms_norm(u, residual, w.norm, config_.norm_eps);                  // [n_tok, d_model]
     op.linear(xz, u, w.in_proj, w.in_proj_bias);                         // [n_tok, 2*d_inner]
     op.conv1d_silu(x, x_in, w.conv1d, w.conv1d_bias, s[kConvState], b);  // [n_tok, d_inner]
-    op.linear(dbc, x, w.x_proj, Tensor());        // [n_tok, dt_rank + 2*d_state]
+    op.linear(dbc, x, w.x_proj, Tensor());  // [n_tok, dt_rank + 2*d_state]
+    if (config_.mixer_norm_eps > 0) op.rms_norm_parts(dbc, {{R, N, N}}, config_.mixer_norm_eps);
     op.linear(dt, dt_low, w.dt_proj, Tensor());   // [n_tok, d_inner]; its bias is the scan's
     op.selective_scan(y, scan, s[kSsmState], b);  // [n_tok, d_inner]
     op.linear_add(residual, y, w.out_proj, w.out_proj_bias);  // [n_tok, d_model]
@@ -64,16 +61,18 @@ class Mamba1 final : public Model {
   std::vector<Mamba1Layer> layers_;
 };
 
-}  // namespace
+std::unique_ptr<Model> load(const ModelConfig& config, WeightLoader& in) {
+  return std::make_unique<Mamba1>(config, in);
+}
 
-std::vector<TensorSpec> mamba1_layer_state(const ModelConfig& c, DType activation, DType ssm) {
+std::vector<TensorSpec> layer_state(const ModelConfig& c, DType activation, DType ssm) {
   return {
       {"conv_state", {c.d_conv - 1, c.d_inner}, activation},  // inputs before the convolution
       {"ssm_state", {c.d_inner, c.d_state}, ssm},             // h
   };
 }
 
-std::vector<TensorSpec> mamba1_activations(const ModelConfig& c, DType activation) {
+std::vector<TensorSpec> activations(const ModelConfig& c, DType activation) {
   return {
       {"u", {c.d_model}, activation},  {"xz", {2 * c.d_inner}, activation},
       {"x", {c.d_inner}, activation},  {"dbc", {c.dt_rank + 2 * c.d_state}, activation},
@@ -81,8 +80,16 @@ std::vector<TensorSpec> mamba1_activations(const ModelConfig& c, DType activatio
   };
 }
 
-std::unique_ptr<Model> load_mamba1(const ModelConfig& config, WeightLoader& in) {
-  return std::make_unique<Mamba1>(config, in);
+}  // namespace
+
+Family mamba1_family() {
+  return {"mamba1",       "mamba", "Mamba1",    "Mamba-1",  read_mamba1_config,
+          mamba1_tensors, load,    layer_state, activations};
+}
+
+Family falcon_mamba_family() {
+  return {"falcon-mamba", "falcon_mamba", "",          "Falcon-Mamba", read_falcon_mamba_config,
+          mamba1_tensors, load,           layer_state, activations};
 }
 
 }  // namespace krait

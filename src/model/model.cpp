@@ -20,6 +20,14 @@ void Model::finish(WeightLoader& in) {
   host_copies_ = in.take_host_copies();
 }
 
+std::vector<TensorSpec> Model::layer_state(DType activation, DType ssm) const {
+  return family_named(config_.family).layer_state(config_, activation, ssm);
+}
+
+std::vector<TensorSpec> Model::activations(DType activation) const {
+  return family_named(config_.family).activations(config_, activation);
+}
+
 void Model::head(Ops& op, const Tensor& logits, const Tensor& normed,
                  const Tensor& residual) const {
   op.rms_norm(normed, residual, norm_f_, config_.norm_eps);  // normed [n, d_model]

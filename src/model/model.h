@@ -45,8 +45,8 @@ class Model {
   [[nodiscard]] size_t weight_bytes() const noexcept { return weight_bytes_; }
 
   /// State of one layer and one sequence. `ssm` is the type chosen by --state-dtype.
-  [[nodiscard]] virtual std::vector<TensorSpec> layer_state(DType activation, DType ssm) const = 0;
-  [[nodiscard]] virtual std::vector<TensorSpec> activations(DType activation) const = 0;
+  [[nodiscard]] std::vector<TensorSpec> layer_state(DType activation, DType ssm) const;
+  [[nodiscard]] std::vector<TensorSpec> activations(DType activation) const;
 
   /// The blocks: residual f32 [n_tok, d_model] goes in as the embedding of `ids` and comes out as
   /// the input of the final norm. state[layer] belongs to layer `layer`.

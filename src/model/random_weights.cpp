@@ -6,18 +6,28 @@
 #include <span>
 #include <vector>
 
+#include "model/family.h"
+
 namespace krait {
 
 namespace {
 
 struct PublishedShape {
   std::string_view name;
+  std::string_view family;
   int64_t n_layer;
   int64_t d_model;
+  int64_t vocab_size;
+  int64_t vocab_rows;
+  bool tied;
 };
 constexpr PublishedShape kPublished[] = {
-    {"130m", 24, 768},  {"370m", 48, 1024}, {"790m", 48, 1536},
-    {"1.4b", 48, 2048}, {"2.8b", 64, 2560},
+    {"130m", "mamba1", 24, 768, 50277, 50280, true},
+    {"370m", "mamba1", 48, 1024, 50277, 50280, true},
+    {"790m", "mamba1", 48, 1536, 50277, 50280, true},
+    {"1.4b", "mamba1", 48, 2048, 50277, 50280, true},
+    {"2.8b", "mamba1", 64, 2560, 50277, 50280, true},
+    {"falcon-mamba-7b", "falcon-mamba", 64, 4096, 65024, 65024, false},
 };
 
 /// SplitMix64 (Steele, Lea, Flood 2014): value i of stream `seed`, uniform in [0, 1).
@@ -39,45 +49,16 @@ class RandomCheckpoint final : public Checkpoint {
  public:
   RandomCheckpoint(const ModelConfig& c, DType dtype, uint64_t seed, RandomMemory memory)
       : seed_(seed), shared_(memory == RandomMemory::shared) {
-    const int64_t D = c.d_model;
-    const int64_t E = c.d_inner;
-    const int64_t N = c.d_state;
-    const int64_t R = c.dt_rank;
-    const auto width = [](int64_t n) { return 1.0F / std::sqrt(static_cast<float>(n)); };
-    // Uniform in +-sqrt(3 / fan_in) keeps the variance; out_proj is scaled down by the number of
-    // residual additions.
-    const float sqrt3 = std::sqrt(3.0F);
-    Kind embedding = kind(sqrt3 * 0.05F, dtype, 1);
-    Kind in_proj = kind(sqrt3 * width(D), dtype, c.n_layer);
-    Kind x_proj = kind(sqrt3 * width(E), dtype, c.n_layer);
-    Kind dt_proj = kind(width(R), dtype, c.n_layer);
-    Kind out_proj = kind(sqrt3 * width(E) * width(c.n_layer), dtype, c.n_layer);
-    Kind conv = kind(width(c.d_conv), DType::f32, c.n_layer);
-    add("backbone.embedding.weight", embedding, {c.vocab_rows, D}, 0);
-    const Tensor ones = constant({std::max(D, E)}, [](int64_t) { return 1.0F; });
-    const Tensor zeros = constant({E}, [](int64_t) { return 0.0F; });
-    const Tensor A_log =
-        constant({E, N}, [&](int64_t i) { return std::log(static_cast<float>(i % N + 1)); });
-    const Tensor dt_bias = constant({E}, [&](int64_t i) {
-      const float dt = 0.001F * std::pow(100.0F, uniform(seed_, static_cast<uint64_t>(i)));
-      return dt + std::log(-std::expm1(-dt));  // inverse of softplus
-    });
-    for (int64_t i = 0; i < c.n_layer; ++i) {
-      const auto name = [&](std::string_view rest) {
-        return fmt::format("backbone.layers.{}.{}", i, rest);
-      };
-      put(name("norm.weight"), Tensor(ones.data, DType::f32, {D}));
-      add(name("mixer.in_proj.weight"), in_proj, {2 * E, D}, i);
-      add(name("mixer.conv1d.weight"), conv, {E, 1, c.d_conv}, i);
-      put(name("mixer.conv1d.bias"), zeros);
-      add(name("mixer.x_proj.weight"), x_proj, {R + 2 * N, E}, i);
-      add(name("mixer.dt_proj.weight"), dt_proj, {E, R}, i);
-      put(name("mixer.dt_proj.bias"), dt_bias);
-      put(name("mixer.A_log"), A_log);
-      put(name("mixer.D"), Tensor(ones.data, DType::f32, {E}));
-      add(name("mixer.out_proj.weight"), out_proj, {D, E}, i);
+    const Shape table{c.vocab_rows, c.d_model};
+    const float embedding_scale = std::sqrt(3.0F) * 0.05F;
+    Kind embedding = kind(embedding_scale, dtype, 1);
+    add("backbone.embedding.weight", embedding, table, 0);
+    if (!c.tie_embeddings) {
+      Kind head = kind(embedding_scale, dtype, 1);
+      add("lm_head.weight", head, table, 0);
     }
-    put("backbone.norm_f.weight", Tensor(ones.data, DType::f32, {D}));
+    put("backbone.norm_f.weight", constant({c.d_model}, [](int64_t) { return 1.0F; }));
+    for (const TensorRow& row : family_named(c.family).tensors(c)) add_rows(c, row, dtype);
     std::sort(entries_.begin(), entries_.end(),
               [](const Entry& a, const Entry& b) { return a.name < b.name; });
   }
@@ -93,6 +74,46 @@ class RandomCheckpoint final : public Checkpoint {
     int64_t n_layer;
     std::byte* shared = nullptr;  ///< the memory in which the layers overlap
   };
+
+  /// Every layer's tensor of that row.
+  void add_rows(const ModelConfig& c, const TensorRow& row, DType dtype) {
+    const auto name = [&](int64_t i) { return fmt::format("backbone.layers.{}.{}", i, row.name); };
+    const auto matrices = [&](float scale) {
+      Kind k = kind(scale, row.role == Role::matrix ? dtype : DType::f32, c.n_layer);
+      for (int64_t i = 0; i < c.n_layer; ++i) add(name(i), k, row.shape, i);
+    };
+    const auto constants = [&](auto&& value) {
+      const Tensor t = constant(row.shape, value);
+      for (int64_t i = 0; i < c.n_layer; ++i) put(name(i), t);
+    };
+    const int64_t fan_in = row.shape[row.shape.rank() - 1];
+    const float width = 1.0F / std::sqrt(static_cast<float>(fan_in));
+    const auto random = [&](int64_t i) { return uniform(seed_, static_cast<uint64_t>(i)); };
+    switch (row.init) {
+      case Init::absent:
+        return;
+      case Init::zeros:
+        return constants([](int64_t) { return 0.0F; });
+      case Init::ones:
+        return constants([](int64_t) { return 1.0F; });
+      case Init::matrix:
+        return matrices(std::sqrt(3.0F) * width);
+      case Init::out:
+        return matrices(std::sqrt(3.0F) * width / std::sqrt(static_cast<float>(c.n_layer)));
+      case Init::uniform:
+        return matrices(width);
+      case Init::decay:
+        if (row.shape.rank() == 2) {
+          return constants([&](int64_t i) { return std::log(static_cast<float>(i % fan_in + 1)); });
+        }
+        return constants([&](int64_t i) { return std::log(1.0F + 15.0F * random(i)); });
+      case Init::dt_bias:
+        return constants([&](int64_t i) {
+          const float dt = 0.001F * std::pow(100.0F, random(i));
+          return dt + std::log(-std::expm1(-dt));  // inverse of softplus
+        });
+    }
+  }
 
   Kind kind(float scale, DType dtype, int64_t n_layer) {
     std::byte* period = allocate(kPeriod * itemsize(dtype));
@@ -168,16 +189,18 @@ ModelConfig published_config(std::string_view name) {
   for (const PublishedShape& p : kPublished) {
     if (p.name == name) {
       ModelConfig c;
-      c.family = "mamba1";
+      c.family = p.family;
       c.layout = "state-spaces";
       c.d_model = p.d_model;
       c.n_layer = p.n_layer;
-      c.vocab_size = 50277;
-      c.vocab_rows = 50280;
+      c.vocab_size = p.vocab_size;
+      c.vocab_rows = p.vocab_rows;
+      c.tie_embeddings = p.tied;
       c.d_inner = 2 * p.d_model;
-      c.d_state = 16;
       c.d_conv = 4;
+      c.d_state = 16;
       c.dt_rank = p.d_model / 16;
+      if (p.family == "falcon-mamba") c.mixer_norm_eps = 1e-6F;
       c.eos_ids = {0};
       return c;
     }

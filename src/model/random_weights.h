@@ -11,8 +11,8 @@
 
 namespace krait {
 
-/// The shape of state-spaces/mamba-NAME: "130m", "370m", "790m", "1.4b", "2.8b". Error usage: any
-/// other name.
+/// The shape of a published model: state-spaces/mamba-NAME by its size ("130m", ... "2.8b"), others
+/// by their names ("falcon-mamba-7b"). Error usage: any other name, with those that are known.
 [[nodiscard]] ModelConfig published_config(std::string_view name);
 
 enum class RandomMemory {

@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "base/log.h"
-#include "model/family.h"
 
 namespace krait {
 
@@ -14,16 +13,6 @@ namespace {
 
 constexpr std::string_view kEmbedding = "backbone.embedding.weight";
 constexpr std::string_view kHead = "lm_head.weight";
-
-enum class Role { matrix, vector, optional_vector, negative_exp };
-
-/// One tensor of a block: its name under "backbone.layers.N.", where it goes, its shape.
-struct LayerEntry {
-  std::string_view name;
-  Tensor Mamba1Layer::*member;
-  Role role;
-  Shape shape;
-};
 
 std::string layer_name(int64_t layer, std::string_view rest) {
   return fmt::format("backbone.layers.{}.{}", layer, rest);
@@ -67,6 +56,16 @@ std::vector<float> to_f32(const Tensor& t) {
   return values;
 }
 
+/// "d_model=64, n_layer=3, ..."
+std::string sizes_of(const ModelConfig& c) {
+  std::string s;
+  for (const ConfigSize& size : kConfigSizes) {
+    if (c.*size.value == 0) continue;
+    s += fmt::format("{}{}={}", s.empty() ? "" : ", ", size.name, c.*size.value);
+  }
+  return s;
+}
+
 bool is_float(DType t) { return is_float16_or_32(t) || t == DType::f64; }
 
 bool same_bytes(const Tensor& a, const Tensor& b) {
@@ -83,6 +82,24 @@ int64_t layer_index(std::string_view name) {
   int64_t n = -1;
   const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), n);
   return error == std::errc() && end != name.data() + name.size() && *end == '.' ? n : -1;
+}
+
+/// Whether the first block has a tensor for every row of the family's table.
+bool has_tensors_of(const Family& family, const ModelConfig& config, const Checkpoint& checkpoint) {
+  const auto table = family.tensors(config);
+  return std::all_of(table.begin(), table.end(), [&](const TensorRow& row) {
+    return row.role == Role::optional_vector ||
+           find_tensor(checkpoint, layer_name(0, row.name)) != nullptr;
+  });
+}
+
+/// Another family whose names the tensors have, while they lack those of the config's; else null.
+const Family* other_family(const ModelConfig& config, const Checkpoint& checkpoint) {
+  if (has_tensors_of(family_named(config.family), config, checkpoint)) return nullptr;
+  for (const Family& f : families()) {
+    if (f.load != nullptr && has_tensors_of(f, config, checkpoint)) return &f;
+  }
+  return nullptr;
 }
 
 /// `said` if the tensors agree with it, else the one of `others` that they agree with.
@@ -119,16 +136,16 @@ ModelConfig resolve_config(const ModelConfig& config, const Checkpoint& checkpoi
   if (n_layer == 0) missing(layer_name(0, "norm.weight"), checkpoint);
   c.n_layer = settle("n_layer", c.n_layer, c.other_n_layer, n_layer);
 
-  if (find_tensor(checkpoint, layer_name(0, "mixer.x_proj.weight")) == nullptr &&
-      find_tensor(checkpoint, layer_name(0, "mixer.dt_bias")) != nullptr) {
-    throw Error(ErrorKind::unsupported,
-                fmt::format("config.json says {}, but the tensors are those of Mamba-2 "
-                            "(mixer.dt_bias, no mixer.x_proj)",
-                            c.family));
+  const Family* of_tensors = other_family(c, checkpoint);
+  if (of_tensors != nullptr) {
+    throw Error(ErrorKind::format,
+                fmt::format("config.json says {}, but the tensors are those of {}",
+                            family_named(c.family).title, of_tensors->title),
+                "check that config.json and the tensors come from the same release");
   }
-  if (const auto* D = find_tensor(checkpoint, layer_name(0, "mixer.D"));
-      D != nullptr && D->tensor.shape.rank() == 1) {
-    c.d_inner = settle("d_inner", c.d_inner, c.other_d_inner, D->tensor.dim(0));
+  if (const auto* out = find_tensor(checkpoint, layer_name(0, "mixer.out_proj.weight"));
+      out != nullptr && out->tensor.shape.rank() == 2 && out->tensor.dim(0) == c.d_model) {
+    c.d_inner = settle("d_inner", c.d_inner, c.other_d_inner, out->tensor.dim(1));
   }
   c.other_n_layer.clear();
   c.other_d_inner.clear();
@@ -173,10 +190,9 @@ const Checkpoint::Entry& WeightLoader::require(const std::string& name, const Sh
     throw Error(ErrorKind::format,
                 fmt::format("{} in {}: expected {}, found {} {}", e->name, e->file, shape.str(),
                             found.str(), dtype_name(e->tensor.dtype)),
-                fmt::format("config.json gives d_model={}, d_inner={}, d_state={}, d_conv={}, "
-                            "dt_rank={}: check that it and the tensors come from the same release",
-                            config_.d_model, config_.d_inner, config_.d_state, config_.d_conv,
-                            config_.dt_rank));
+                fmt::format("config.json gives {}: check that it and the tensors come from the "
+                            "same release",
+                            sizes_of(config_)));
   }
   return *e;
 }
@@ -221,6 +237,21 @@ Tensor WeightLoader::negative_exp(const std::string& name, const Shape& shape) {
   return import_computed(std::move(values), shape, DType::f32);
 }
 
+Tensor WeightLoader::layer_tensor(int64_t layer, const TensorRow& row) {
+  const std::string name = layer_name(layer, row.name);
+  switch (row.role) {
+    case Role::matrix:
+      return matrix(name, row.shape);
+    case Role::vector:
+      return vector(name, row.shape);
+    case Role::optional_vector:
+      return optional_vector(name, row.shape);
+    case Role::negative_exp:
+      return negative_exp(name, row.shape);
+  }
+  return {};
+}
+
 Tensor WeightLoader::head(const Tensor& embedding, const Shape& shape) {
   const auto* e = find_tensor(checkpoint_, kHead);
   if (e == nullptr) {
@@ -260,51 +291,6 @@ void WeightLoader::finish() {
     spdlog::warn("{} tensors of the checkpoint are not used: {}{}", unused, names,
                  unused > kNamed ? ", ..." : "");
   }
-}
-
-std::vector<Mamba1Layer> load_mamba1_layers(WeightLoader& in, const ModelConfig& config) {
-  const int64_t D = config.d_model;
-  const int64_t E = config.d_inner;
-  const int64_t N = config.d_state;
-  const int64_t K = config.d_conv;
-  const int64_t R = config.dt_rank;
-  using L = Mamba1Layer;
-  const LayerEntry table[] = {
-      {"norm.weight", &L::norm, Role::vector, {D}},
-      {"mixer.in_proj.weight", &L::in_proj, Role::matrix, {2 * E, D}},
-      {"mixer.in_proj.bias", &L::in_proj_bias, Role::optional_vector, {2 * E}},
-      {"mixer.conv1d.weight", &L::conv1d, Role::vector, {E, K}},
-      {"mixer.conv1d.bias", &L::conv1d_bias, Role::optional_vector, {E}},
-      {"mixer.x_proj.weight", &L::x_proj, Role::matrix, {R + 2 * N, E}},
-      {"mixer.dt_proj.weight", &L::dt_proj, Role::matrix, {E, R}},
-      {"mixer.dt_proj.bias", &L::dt_bias, Role::vector, {E}},
-      {"mixer.A_log", &L::A, Role::negative_exp, {E, N}},
-      {"mixer.D", &L::D, Role::vector, {E}},
-      {"mixer.out_proj.weight", &L::out_proj, Role::matrix, {D, E}},
-      {"mixer.out_proj.bias", &L::out_proj_bias, Role::optional_vector, {D}},
-  };
-  std::vector<Mamba1Layer> layers(static_cast<size_t>(config.n_layer));
-  for (int64_t i = 0; i < config.n_layer; ++i) {
-    for (const LayerEntry& t : table) {
-      const std::string name = layer_name(i, t.name);
-      Tensor& to = layers[static_cast<size_t>(i)].*t.member;
-      switch (t.role) {
-        case Role::matrix:
-          to = in.matrix(name, t.shape);
-          break;
-        case Role::vector:
-          to = in.vector(name, t.shape);
-          break;
-        case Role::optional_vector:
-          to = in.optional_vector(name, t.shape);
-          break;
-        case Role::negative_exp:
-          to = in.negative_exp(name, t.shape);
-          break;
-      }
-    }
-  }
-  return layers;
 }
 
 }  // namespace krait

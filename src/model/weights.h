@@ -1,6 +1,6 @@
 // From names to typed weights: WeightLoader finds a checkpoint's tensors under either spelling,
-// checks their shapes, and brings them to the device; a table per family (weights.cpp) says which
-// tensor becomes which member. It knows no file format and no equation.
+// checks their shapes, and brings them to the device; a table per family (NAME_weights.cpp) says
+// which tensor becomes which member. It knows no file format and no equation.
 #pragma once
 
 #include <functional>
@@ -13,25 +13,9 @@
 #include "checkpoint/checkpoint.h"
 #include "kernels/ops.h"
 #include "model/config.h"
+#include "model/family.h"
 
 namespace krait {
-
-/// One block of Mamba-1. E = d_inner, D = d_model, N = d_state, K = d_conv, R = dt_rank; W is the
-/// weight type, everything else f32.
-struct Mamba1Layer {
-  Tensor norm;           ///< [D]
-  Tensor in_proj;        ///< W [2E, D]: rows of x, then rows of z
-  Tensor in_proj_bias;   ///< [2E] or null
-  Tensor conv1d;         ///< [E, K]
-  Tensor conv1d_bias;    ///< [E] or null
-  Tensor x_proj;         ///< W [R + 2N, E]: rows of dt, B, C
-  Tensor dt_proj;        ///< W [E, R]
-  Tensor dt_bias;        ///< [E]
-  Tensor A;              ///< [E, N], -exp(A_log)
-  Tensor D;              ///< [E]
-  Tensor out_proj;       ///< W [D, E]
-  Tensor out_proj_bias;  ///< [D] or null
-};
 
 class WeightLoader {
  public:
@@ -50,6 +34,8 @@ class WeightLoader {
   [[nodiscard]] Tensor optional_vector(const std::string& name, const Shape& shape);
   /// -exp(A_log), taken once in f32.
   [[nodiscard]] Tensor negative_exp(const std::string& name, const Shape& shape);
+  /// A block's tensor, by its row of the family's table.
+  [[nodiscard]] Tensor layer_tensor(int64_t layer, const TensorRow& row);
   /// The head: `embedding` when the file has none, or one that repeats the embedding.
   [[nodiscard]] Tensor head(const Tensor& embedding, const Shape& shape);
 
@@ -86,7 +72,22 @@ class WeightLoader {
 [[nodiscard]] const Checkpoint::Entry* find_tensor(const Checkpoint& checkpoint,
                                                    std::string_view name);
 
-[[nodiscard]] std::vector<Mamba1Layer> load_mamba1_layers(WeightLoader& in,
-                                                          const ModelConfig& config);
+/// A row of a family's table and the member that it fills.
+template <typename Layer>
+struct LayerRow : TensorRow {
+  Tensor Layer::*member;
+};
+
+template <typename Layer>
+[[nodiscard]] std::vector<Layer> load_layers(WeightLoader& in, const ModelConfig& config,
+                                             const std::vector<LayerRow<Layer>>& table) {
+  std::vector<Layer> layers(static_cast<size_t>(config.n_layer));
+  for (int64_t i = 0; i < config.n_layer; ++i) {
+    for (const LayerRow<Layer>& row : table) {
+      layers[static_cast<size_t>(i)].*row.member = in.layer_tensor(i, row);
+    }
+  }
+  return layers;
+}
 
 }  // namespace krait

@@ -1,5 +1,5 @@
-// Mamba-1 against the answers of the reference implementations (tests/data/golden/models): logits
-// for every prompt length, greedy tokens, and every way of feeding a prompt.
+// Every family against the answers of the reference implementations (tests/data/golden/models):
+// logits for every prompt length, greedy tokens, and every way of feeding a prompt.
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -141,20 +141,27 @@ TEST_P(Golden, SixteenBitWeightsByDivergence) {
   }
 }
 
-std::vector<Case> cases() {
+std::vector<Case> cases(std::initializer_list<const char*> folders) {
   std::vector<Case> all;
-  for (const char* folder : {"mamba1-hf", "mamba1-hf-odd", "mamba1-hf-sharded",
-                             "mamba1-original-bin", "mamba1-neox-vocab"}) {
+  for (const char* folder : folders) {
     for (const Backend& b : kBackends) all.push_back({folder, b});
   }
   return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Mamba1, Golden, ::testing::ValuesIn(cases()), [](const auto& test) {
+std::string case_name(const ::testing::TestParamInfo<Case>& test) {
   std::string name = fmt::format("{}_{}", test.param.folder, test.param.backend.name);
   std::replace(name.begin(), name.end(), '-', '_');
   return name;
-});
+}
+
+INSTANTIATE_TEST_SUITE_P(Mamba1, Golden,
+                         ::testing::ValuesIn(cases({"mamba1-hf", "mamba1-hf-odd",
+                                                    "mamba1-hf-sharded", "mamba1-original-bin",
+                                                    "mamba1-neox-vocab"})),
+                         case_name);
+INSTANTIATE_TEST_SUITE_P(FalconMamba, Golden, ::testing::ValuesIn(cases({"falcon-mamba-hf"})),
+                         case_name);
 
 }  // namespace
 }  // namespace krait::test

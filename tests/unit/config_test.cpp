@@ -81,6 +81,22 @@ TEST(Config, StateSpacesMixerArguments) {
   EXPECT_EQ(c.dt_rank, 5);
 }
 
+TEST(Config, FalconMamba) {
+  json j = hugging_face();
+  j["model_type"] = "falcon_mamba";
+  j["expand"] = 16;  // as the published file says, whose intermediate_size is right
+  j["tie_word_embeddings"] = false;
+  const ModelConfig c = parse(j);
+  EXPECT_EQ(c.family, "falcon-mamba");
+  EXPECT_EQ(c.d_inner, 128);
+  EXPECT_FALSE(c.tie_embeddings);
+  EXPECT_FLOAT_EQ(c.mixer_norm_eps, 1e-6F);
+  EXPECT_FLOAT_EQ(parse_with(j, "mixer_rms_eps", 1e-4).mixer_norm_eps, 1e-4F);
+  EXPECT_FLOAT_EQ(parse(hugging_face()).mixer_norm_eps, 0.0F);
+  EXPECT_TRUE(
+      throws(ErrorKind::format, "mixer_rms_eps", [&] { (void)parse_with(j, "mixer_rms_eps", 0); }));
+}
+
 TEST(Config, PublishedShapesAreThoseOfTheTable) {
   EXPECT_EQ(published_config("130m").dt_rank, 48);
   EXPECT_EQ(published_config("2.8b").d_inner, 5120);
@@ -177,13 +193,9 @@ TEST(Config, RequiredKeysAreNamed) {
 }
 
 TEST(Config, OtherFamiliesAreRefusedByName) {
-  const std::pair<const char*, const char*> families[] = {{"falcon_mamba", "Falcon-Mamba"},
-                                                          {"mamba2", "Mamba-2"},
-                                                          {"jamba", "Jamba"},
-                                                          {"zamba2", "Zamba2"},
-                                                          {"nemotron_h", "Nemotron-H"},
-                                                          {"falcon_h1", "Falcon-H1"},
-                                                          {"llama", "\"llama\" is unknown"}};
+  const std::pair<const char*, const char*> families[] = {
+      {"mamba2", "Mamba-2"},        {"jamba", "Jamba"},         {"zamba2", "Zamba2"},
+      {"nemotron_h", "Nemotron-H"}, {"falcon_h1", "Falcon-H1"}, {"llama", "\"llama\" is unknown"}};
   for (const auto& [type, name] : families) {
     EXPECT_TRUE(throws(ErrorKind::unsupported, name, [&] {
       (void)parse_with(hugging_face(), "model_type", type);
