@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the seed corpora of the checkpoint fuzzers, tests/fuzz/corpus/{safetensors,torch_bin,pickle,index}.
+"""Writes the seed corpora of the checkpoint fuzzers, tests/fuzz/corpus/{safetensors,torch_bin,pickle,index,gguf}.
 
 The seeds are well-formed files, each with another feature of its format, and a few damaged ones.
 Run it from anywhere; it needs Python alone.
@@ -190,8 +190,75 @@ def index_files():
     }
 
 
+# GGUF --------------------------------------------------------------------------------------------
+
+
+def u32(v):
+    return struct.pack("<I", v)
+
+
+def u64(v):
+    return struct.pack("<Q", v)
+
+
+def string(s):
+    return u64(len(s)) + s.encode()
+
+
+def key(name, kind, value):
+    return string(name) + u32(kind) + value
+
+
+def array(name, kind, count, elements=b""):
+    return key(name, 9, u32(kind) + u64(count) + elements)
+
+
+def gguf_tensor(name, dims, kind, offset):
+    return string(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
+
+
+def gguf(keys=(), tensors=(), data=b"", align=32, version=3):
+    s = b"GGUF" + u32(version) + u64(len(tensors)) + u64(len(keys)) + b"".join(keys) + b"".join(tensors)
+    return s + (bytes(-len(s) % align) if data else b"") + data
+
+
+def gguf_files():
+    scalars = [b"\1", b"\1", b"\1\0", b"\1\0", u32(1), u32(1), struct.pack("<f", 1), b"\1", string("x"),
+               None, u64(1), u64(1), struct.pack("<d", 1)]
+    files = {
+        "empty": gguf(),
+        "every_type": gguf([key(f"k{i}", i, v) for i, v in enumerate(scalars) if v]),
+        "arrays": gguf([array("s", 8, 2, string("a") + string("bc")),
+                        array("n", 9, 1, u32(4) + u64(1) + u32(7)),
+                        array("f", 6, 2, struct.pack("<ff", 1, 2))]),
+        "tensors": gguf([key("general.architecture", 8, string("mamba"))],
+                        [gguf_tensor("a", [3, 2], 0, 0), gguf_tensor("b", [4], 1, 32),
+                         gguf_tensor("c", [2], 30, 64)], bytes(range(68))),
+        "iq4_nl": gguf([], [gguf_tensor("t", [32], 20, 0)], bytes(18)),
+        "alignment": gguf([key("general.alignment", 4, u32(64))],
+                          [gguf_tensor("a", [1], 0, 0), gguf_tensor("b", [1], 0, 64)], bytes(68), 64),
+        "bad_alignment": gguf([key("general.alignment", 4, u32(24))]),
+        "huge_count": b"GGUF" + u32(3) + u64(2**64 - 1) + u64(2**63),
+        "huge_array": gguf([array("a", 12, 2**61)]),
+        "overlap": gguf([], [gguf_tensor("a", [8], 0, 0), gguf_tensor("b", [8], 0, 0)], bytes(64)),
+        "hole": gguf([], [gguf_tensor("a", [8], 0, 0), gguf_tensor("b", [8], 0, 64)], bytes(96)),
+        "overflow": gguf([], [gguf_tensor("a", [2**31, 2**31, 4], 0, 0)], bytes(4)),
+        "twice": gguf([key("a", 4, u32(1)), key("a", 4, u32(1))]),
+        "version2": gguf([key("a", 4, u32(1))], version=2),
+        "big_endian": gguf(version=0x03000000),
+        "split": gguf([key("split.count", 2, b"\3\0")]),
+    }
+    blocks = {"q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24),
+              "q8_0": (8, 32, 34), "q2_k": (10, 256, 84), "q3_k": (11, 256, 110),
+              "q4_k": (12, 256, 144), "q5_k": (13, 256, 176), "q6_k": (14, 256, 210)}
+    for name, (kind, elements, size) in blocks.items():
+        files[name] = gguf([], [gguf_tensor("t", [elements], kind, 0)], bytes(range(size)))
+    return files
+
+
 if __name__ == "__main__":
     write("safetensors", safetensors_files())
     write("pickle", pickle_files())
     write("torch_bin", torch_files())
     write("index", index_files())
+    write("gguf", gguf_files())

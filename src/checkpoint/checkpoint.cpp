@@ -5,6 +5,8 @@
 
 #include "base/log.h"
 #include "base/mapped_file.h"
+#include "checkpoint/ggml_blocks.h"
+#include "checkpoint/gguf.h"
 #include "checkpoint/parse.h"
 
 namespace krait {
@@ -18,7 +20,30 @@ const Checkpoint::Entry* Checkpoint::find(std::string_view name) const {
   return it != all.end() && it->name == name ? &*it : nullptr;
 }
 
+Shape Checkpoint::Entry::shape() const {
+  if (blocks == nullptr) return tensor.shape;
+  Shape s;
+  const int last = tensor.shape.rank() - 1;
+  for (int i = 0; i < last; ++i) s.push_back(tensor.shape[i]);
+  s.push_back(tensor.shape[last] / blocks->bytes * blocks->elements);
+  return s;
+}
+
+std::string_view Checkpoint::Entry::type_name() const {
+  return blocks != nullptr ? blocks->name : dtype_name(tensor.dtype);
+}
+
 namespace {
+
+MappedFile map_tensors(const fs::path& path) {
+  MappedFile file(path);
+  if (is_lfs_pointer(file.bytes())) {
+    throw Error(ErrorKind::format,
+                fmt::format("{}: expected tensors, found a Git LFS pointer", path.string()),
+                "The file itself was not downloaded: run git lfs pull in its folder.");
+  }
+  return file;
+}
 
 /// One mapped file and the views into it.
 class FileCheckpoint final : public Checkpoint {
@@ -26,12 +51,7 @@ class FileCheckpoint final : public Checkpoint {
   using Parser = ParsedTensors (*)(std::span<const std::byte>, const std::string&);
 
   FileCheckpoint(const fs::path& file, Parser parse, std::string_view format)
-      : file_(file), format_(format) {
-    if (is_lfs_pointer(file_.bytes())) {
-      throw Error(ErrorKind::format,
-                  fmt::format("{}: expected tensors, found a Git LFS pointer", file.string()),
-                  "The file itself was not downloaded: run git lfs pull in its folder.");
-    }
+      : file_(map_tensors(file)), format_(format) {
     tensors_ = parse(file_.bytes(), file.filename().string());
   }
   [[nodiscard]] const std::vector<Entry>& entries() const override { return tensors_.entries; }
@@ -41,6 +61,21 @@ class FileCheckpoint final : public Checkpoint {
   MappedFile file_;
   ParsedTensors tensors_;
   std::string_view format_;
+};
+
+class GgufCheckpoint final : public Checkpoint {
+ public:
+  explicit GgufCheckpoint(const fs::path& file)
+      : file_(map_tensors(file)), parsed_(parse_gguf(file_.bytes(), file.filename().string())) {}
+  [[nodiscard]] const std::vector<Entry>& entries() const override {
+    return parsed_.tensors.entries;
+  }
+  [[nodiscard]] std::string_view format() const override { return "gguf"; }
+  [[nodiscard]] const GgufMetadata* metadata() const override { return &parsed_.metadata; }
+
+ private:
+  MappedFile file_;
+  ParsedGguf parsed_;
 };
 
 /// Several files and the index that says which tensor is in which.
@@ -102,15 +137,6 @@ bool starts_with(std::span<const std::byte> bytes, std::string_view magic) {
                     [](char a, std::byte b) { return static_cast<std::byte>(a) == b; });
 }
 
-[[noreturn]] void refuse_gguf(const fs::path& path) {
-  throw Error(
-      ErrorKind::unsupported,
-      fmt::format("{}: expected safetensors or a PyTorch checkpoint, found GGUF, which this "
-                  "version of krait does not read",
-                  path.string()),
-      "Use the Hugging Face or state-spaces release of the model.");
-}
-
 std::unique_ptr<Checkpoint> open_folder(const fs::path& folder) {
   using Open = std::unique_ptr<Checkpoint> (*)(const fs::path&);
   constexpr std::array<std::pair<const char*, Open>, 4> kKnown{{
@@ -126,7 +152,9 @@ std::unique_ptr<Checkpoint> open_folder(const fs::path& folder) {
   std::string hint = "If the weights have another name, give the path of the file itself.";
   for (fs::directory_iterator it(folder, unreadable), end; !unreadable && it != end;
        it.increment(unreadable)) {
-    if (it->path().extension() == ".gguf") refuse_gguf(it->path());
+    if (it->path().extension() == ".gguf") {
+      hint = fmt::format("For a GGUF file give its own path, e.g. {}.", it->path().string());
+    }
     if (it->path().filename() == "consolidated.safetensors") {
       hint = "The folder has Mistral's consolidated.safetensors, whose names krait does not read.";
     }
@@ -149,6 +177,10 @@ std::unique_ptr<Checkpoint> open_torch_bin(const fs::path& file) {
   return std::make_unique<FileCheckpoint>(file, parse_torch_bin, "pytorch");
 }
 
+std::unique_ptr<Checkpoint> open_gguf(const fs::path& file) {
+  return std::make_unique<GgufCheckpoint>(file);
+}
+
 std::unique_ptr<Checkpoint> open_sharded(const fs::path& index_json) {
   return std::make_unique<ShardedCheckpoint>(index_json);
 }
@@ -165,16 +197,17 @@ std::unique_ptr<Checkpoint> open_checkpoint(const fs::path& path) {
   const std::string extension = path.extension().string();
   if (extension == ".safetensors") return open_safetensors(path);
   if (extension == ".bin" || extension == ".pt" || extension == ".pth") return open_torch_bin(path);
+  if (extension == ".gguf") return open_gguf(path);
   if (extension == ".json") return open_sharded(path);
   // Any other name, such as a blob of a download cache: the first bytes tell.
   const MappedFile file(path);
   const auto bytes = file.bytes();
-  if (starts_with(bytes, "GGUF")) refuse_gguf(path);
+  if (starts_with(bytes, "GGUF")) return open_gguf(path);
   if (starts_with(bytes, "PK\x03\x04")) return open_torch_bin(path);
   if (bytes.size() > 8 && bytes[8] == std::byte{'{'}) return open_safetensors(path);
   throw Error(ErrorKind::unsupported,
-              fmt::format("{}: expected a safetensors file, a PyTorch checkpoint (zip) or an index "
-                          "(.json), found a file that begins like none of them",
+              fmt::format("{}: expected a safetensors file, a PyTorch checkpoint (zip), a GGUF "
+                          "file or an index (.json), found a file that begins like none of them",
                           path.string()));
 }
 

@@ -17,12 +17,23 @@
 
 namespace krait {
 
+struct BlockFormat;
+class GgufMetadata;
+
 class Checkpoint {
  public:
   struct Entry {
     std::string name;
     Tensor tensor;     ///< dense host view; may be unaligned: use memcpy semantics
     std::string file;  ///< file name (without folder) that holds it, for messages
+    /// Set where the tensor is quantised (GGUF): then `tensor` is its bytes, u8 [..., bytes of a
+    /// row], and shape() what they stand for.
+    const BlockFormat* blocks = nullptr;
+
+    /// In elements.
+    [[nodiscard]] Shape shape() const;
+    /// "f32", or ggml's name of a quantised type ("Q4_K").
+    [[nodiscard]] std::string_view type_name() const;
   };
 
   virtual ~Checkpoint() = default;
@@ -31,11 +42,13 @@ class Checkpoint {
   [[nodiscard]] virtual const std::vector<Entry>& entries() const = 0;
   /// The entry of that name, or null.
   [[nodiscard]] const Entry* find(std::string_view name) const;
-  /// "safetensors", "pytorch"
+  /// "safetensors", "pytorch", "gguf"
   [[nodiscard]] virtual std::string_view format() const = 0;
+  /// Keys and values, which only GGUF has: null elsewhere.
+  [[nodiscard]] virtual const GgufMetadata* metadata() const { return nullptr; }
 };
 
-/// Opens `path`: a .safetensors or .bin file, or a folder that holds model.safetensors,
+/// Opens `path`: a .safetensors, .bin or .gguf file, or a folder that holds model.safetensors,
 /// model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json (looked for in
 /// this order). Errors: file (missing), format (corrupt), unsupported (a format krait does not
 /// read).
@@ -47,6 +60,9 @@ class Checkpoint {
 [[nodiscard]] std::unique_ptr<Checkpoint> open_torch_bin(const std::filesystem::path& file);
 /// Shards named by an index `{"weight_map": {tensor: file}}`; each shard of either kind.
 [[nodiscard]] std::unique_ptr<Checkpoint> open_sharded(const std::filesystem::path& index_json);
+
+/// A GGUF file (gguf.h), with its metadata.
+[[nodiscard]] std::unique_ptr<Checkpoint> open_gguf(const std::filesystem::path& file);
 
 /// Writes tensors as one safetensors file, under a temporary name first, so that no partial file is
 /// left.

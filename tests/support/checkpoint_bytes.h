@@ -28,6 +28,45 @@ template <typename T>
   return le(uint64_t{header.size()}) + std::string(header) + std::string(data);
 }
 
+// GGUF: `key` and `tensor` give one item of the header each.
+namespace gguf {
+
+[[nodiscard]] inline std::string text(const std::string& s) { return le(uint64_t{s.size()}) + s; }
+[[nodiscard]] inline std::string key(const std::string& name, uint32_t type,
+                                     const std::string& value) {
+  return text(name) + le(type) + value;
+}
+[[nodiscard]] inline std::string key(const std::string& name, const std::string& value) {
+  return key(name, 8, text(value));
+}
+[[nodiscard]] inline std::string key(const std::string& name, uint32_t value) {
+  return key(name, 4, le(value));
+}
+/// `elements` holds `n` of them, packed.
+[[nodiscard]] inline std::string array(const std::string& name, uint32_t type, uint64_t n,
+                                       const std::string& elements) {
+  return key(name, 9, le(type) + le(n) + elements);
+}
+/// `dims` as in the file: the fastest first.
+[[nodiscard]] inline std::string tensor(const std::string& name, const std::vector<uint64_t>& dims,
+                                        uint32_t type, uint64_t offset) {
+  std::string s = text(name) + le(static_cast<uint32_t>(dims.size()));
+  for (const uint64_t d : dims) s += le(d);
+  return s + le(type) + le(offset);
+}
+[[nodiscard]] inline std::string file(const std::vector<std::string>& keys,
+                                      const std::vector<std::string>& tensors,
+                                      const std::string& data, size_t alignment = 32,
+                                      uint32_t version = 3) {
+  std::string s = "GGUF" + le(version) + le(uint64_t{tensors.size()}) + le(uint64_t{keys.size()});
+  for (const auto& k : keys) s += k;
+  for (const auto& t : tensors) s += t;
+  if (!data.empty()) s.resize((s.size() + alignment - 1) / alignment * alignment);
+  return s + data;
+}
+
+}  // namespace gguf
+
 // Pickles (protocol 2): each function gives the opcodes that push one value.
 namespace pickle {
 

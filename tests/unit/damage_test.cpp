@@ -10,6 +10,7 @@
 #include <new>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/gguf.h"
 #include "checkpoint/parse.h"
 #include "support/checkpoint_bytes.h"
 #include "support/test_support.h"
@@ -61,6 +62,15 @@ std::string sample_torch(bool zip64) {
       {float_bytes({0, 1, 2, 3, 4, 5}), "abcd"}, {}, zip64);
 }
 
+std::string sample_gguf() {
+  namespace g = gguf;
+  return g::file({g::key("general.architecture", "mamba"), g::key("general.alignment", 32),
+                  g::array("tokens", 8, 2, g::text("a") + g::text("bc")),
+                  g::array("nested", 9, 1, le(uint32_t{4}) + le(uint64_t{1}) + le(uint32_t{7}))},
+                 {g::tensor("a", {3, 2}, 0, 0), g::tensor("b", {32, 2}, 8, 32)},
+                 std::string(32 + 68, '\3'));
+}
+
 /// Damaged as the generated numbers say: bytes overwritten, then cut.
 std::string damaged(std::string file) {
   const auto edits = *rc::gen::container<std::vector<std::pair<size_t, uint8_t>>>(
@@ -98,6 +108,16 @@ RC_GTEST_PROP(Damage, TorchBinSurvives, ()) {
   survives(damaged(sample_torch(*rc::gen::arbitrary<bool>())), parse_torch_bin);
 }
 
+RC_GTEST_PROP(Damage, GgufSurvives, ()) {
+  survives(damaged(sample_gguf()), [](std::span<const std::byte> file, const std::string& name) {
+    ParsedGguf g = parse_gguf(file, name);
+    for (const auto& [key, value] : g.metadata.all()) {
+      if (value.is_array && value.type == GgufType::text) (void)g.metadata.texts(key);
+    }
+    return std::move(g.tensors);
+  });
+}
+
 RC_GTEST_PROP(Damage, PickleSurvives, ()) {
   // The pickle alone, in an archive that is whole.
   const std::string whole = sample_torch(false);
@@ -123,6 +143,8 @@ RC_GTEST_PROP(Damage, IndexSurvives, ()) {
 }
 
 TEST(Damage, SamplesAreWhole) {
+  const std::string gguf = sample_gguf();
+  EXPECT_EQ(parse_gguf(std::as_bytes(std::span(gguf)), "f").tensors.entries.size(), 2U);
   const std::string st = sample_safetensors();
   EXPECT_EQ(parse_safetensors(std::as_bytes(std::span(st)), "f").entries.size(), 3U);
   for (const bool zip64 : {false, true}) {

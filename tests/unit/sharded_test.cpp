@@ -149,9 +149,10 @@ TEST(OpenCheckpoint, RefusesWhatIsNoCheckpoint) {
     EXPECT_TRUE(throws(ErrorKind::format, name, [&] { (void)open_checkpoint(dir.path() / name); }));
   }
   write_file(dir.path() / "m.gguf", "GGUF\x03");
-  EXPECT_TRUE(throws(ErrorKind::unsupported, "GGUF",
+  EXPECT_TRUE(throws(ErrorKind::format, "m.gguf: expected 4 bytes of the version",
                      [&] { (void)open_checkpoint(dir.path() / "m.gguf"); }));
-  EXPECT_TRUE(throws(ErrorKind::unsupported, "GGUF", [&] { (void)open_checkpoint(dir.path()); }));
+  EXPECT_TRUE(throws(ErrorKind::file, "no checkpoint in the folder",
+                     [&] { (void)open_checkpoint(dir.path()); }));
   write_file(dir.path() / "p.safetensors", "version https://git-lfs.github.com/spec/v1\noid x\n");
   EXPECT_TRUE(throws(ErrorKind::format, "Git LFS pointer",
                      [&] { (void)open_checkpoint(dir.path() / "p.safetensors"); }));
