@@ -83,6 +83,9 @@ struct SampleState {
 
 struct DeviceInfo {
   std::string name;         ///< "NVIDIA H100 80GB HBM3", "CPU (AVX2, 8 threads)"
+  std::string processor;    ///< of a CPU, as the system calls it: "AMD EPYC 9654"; "" of a GPU
+  std::string driver;       ///< of a GPU: "580.95.05 (CUDA 13.0)"; "" of a CPU
+  std::string clocks;       ///< "132 SMs up to 1980 MHz, memory 2619 MHz"; "" where unknown
   size_t memory_total = 0;  ///< bytes
   size_t memory_free = 0;   ///< bytes, now
 };
@@ -183,6 +186,15 @@ class Ops {
   /// Waits for the oldest post not yet received (one per sample call, first in first out, at most 8
   /// outstanding) and writes its tokens, in the order of its rows.
   virtual void receive(std::span<int32_t> tokens) = 0;
+
+  // ---- ceilings: what the memory of the device can do, for measurements -------------------------
+
+  /// dst = src with all the device has, past its caches where that is faster. No overlap; bytes is
+  /// a multiple of 16, as are both addresses.
+  virtual void stream_copy(void* dst, const void* src, size_t bytes) = 0;
+  /// sum = exclusive or of the u32 words of src; reads each once. sum u32 in device memory; bytes
+  /// and address of src are multiples of 16.
+  virtual void stream_read(void* sum, const void* src, size_t bytes) = 0;
 
   // ---- whole steps ------------------------------------------------------------------------------
 

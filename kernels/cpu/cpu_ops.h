@@ -30,6 +30,9 @@ class CpuOps : public Ops {
 
   void receive(std::span<int32_t> tokens) override;
 
+  void stream_copy(void* dst, const void* src, size_t bytes) override;
+  void stream_read(void* sum, const void* src, size_t bytes) override;
+
  protected:
   /// Puts the tokens of one sample call into the mailbox.
   void post(std::vector<int32_t> tokens);

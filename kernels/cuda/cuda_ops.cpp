@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -74,6 +75,8 @@ class CudaOps final : public Ops {
     KRAIT_CUDA(cudaGetDeviceProperties(&prop, index_));
     DeviceInfo info;
     info.name = prop.name;
+    info.driver = driver();
+    info.clocks = clocks(prop);
     KRAIT_CUDA(cudaMemGetInfo(&info.memory_free, &info.memory_total));
     return info;
   }
@@ -188,6 +191,13 @@ class CudaOps final : public Ops {
     received_ = wanted;
   }
 
+  void stream_copy(void* dst, const void* src, size_t bytes) override {
+    cuda::stream_copy(dst, src, bytes, stream_);
+  }
+  void stream_read(void* sum, const void* src, size_t bytes) override {
+    cuda::stream_read(sum, src, bytes, stream_);
+  }
+
   // ---- whole steps ------------------------------------------------------------------------------
 
   /// The first time a step runs as it is (libraries set themselves up), the second time it is
@@ -215,6 +225,30 @@ class CudaOps final : public Ops {
   }
 
  private:
+  /// "580.95.05 (CUDA 13.0)": the kernel module's version, where it can be seen, and the newest
+  /// CUDA that it runs.
+  static std::string driver() {
+    std::ifstream in("/proc/driver/nvidia/version");
+    std::string found;
+    for (std::string word; found.empty() && in >> word;) {
+      const bool version = word.find('.') != std::string::npos &&
+                           word.find_first_not_of("0123456789.") == std::string::npos;
+      if (version) found = word + " ";
+    }
+    int cuda = 0;
+    KRAIT_CUDA(cudaDriverGetVersion(&cuda));
+    return fmt::format("{}(CUDA {}.{})", found, cuda / 1000, cuda % 1000 / 10);
+  }
+
+  [[nodiscard]] std::string clocks(const cudaDeviceProp& prop) const {
+    int core = 0;
+    int memory = 0;
+    KRAIT_CUDA(cudaDeviceGetAttribute(&core, cudaDevAttrClockRate, index_));  // kHz, the highest
+    KRAIT_CUDA(cudaDeviceGetAttribute(&memory, cudaDevAttrMemoryClockRate, index_));
+    return fmt::format("{} SMs up to {} MHz, memory {} MHz", prop.multiProcessorCount, core / 1000,
+                       memory / 1000);
+  }
+
   struct Step {
     cudaGraphExec_t graph = nullptr;
     uint64_t runs = 0;

@@ -1,4 +1,6 @@
 // Memory and weights: what a backend hands out, copies, converts and refuses.
+#include <gmock/gmock.h>
+
 #include "ops/ops_test_util.h"
 
 namespace krait::test {
@@ -76,6 +78,38 @@ TEST_P(Memory, NothingIsABuffer) {
   op.upload(none.data(), nullptr, 0);
 }
 
+/// Sizes around the blocks in which a backend goes through memory, and a range inside a buffer.
+TEST_P(Memory, StreamsCopyAndReadEveryWord) {
+  Ops& op = ops(GetParam());
+  Random r(11);
+  for (const size_t n : {4U, 8U, 2044U, 8192U, 8196U, 1000004U}) {
+    std::vector<uint32_t> words(n + 8);
+    for (uint32_t& w : words) w = static_cast<uint32_t>(r.below(INT32_MAX)) * 3;
+    const size_t bytes = words.size() * sizeof(uint32_t);
+    const Buffer from = op.allocate(bytes, "from");
+    const Buffer to = op.allocate(bytes, "to");
+    const Buffer sum = op.allocate(sizeof(uint32_t), "sum");
+    op.upload(from.data(), words.data(), bytes);
+    op.zero(to.data(), bytes);
+    const auto* inside = static_cast<std::byte*>(from.data()) + 16;
+    op.stream_copy(static_cast<std::byte*>(to.data()) + 16, inside, n * sizeof(uint32_t));
+    op.stream_read(sum.data(), inside, n * sizeof(uint32_t));
+
+    std::vector<uint32_t> want(words.size());
+    uint32_t total = 0;
+    for (size_t i = 4; i < n + 4; ++i) {
+      want[i] = words[i];
+      total ^= words[i];
+    }
+    std::vector<uint32_t> got(words.size());
+    op.download(got.data(), to.data(), bytes);
+    EXPECT_EQ(got, want) << n;
+    uint32_t got_sum = 0;
+    op.download(&got_sum, sum.data(), sizeof got_sum);
+    EXPECT_EQ(got_sum, total) << n;
+  }
+}
+
 TEST_P(Memory, TooMuchIsRefusedWithTheNumbers) {
   Ops& op = ops(GetParam());
   EXPECT_TRUE(throws(ErrorKind::device, "1125899906842624",
@@ -90,6 +124,12 @@ TEST_P(Memory, InfoNamesTheDevice) {
   EXPECT_GT(info.memory_total, size_t{1} << 28);
   EXPECT_GT(info.memory_free, 0U);
   EXPECT_LE(info.memory_free, info.memory_total);
+  const bool gpu = GetParam() == Backend::gpu;
+  EXPECT_EQ(info.driver.empty(), !gpu);
+  EXPECT_EQ(info.processor.empty(), gpu);
+  if (gpu) {
+    EXPECT_THAT(info.clocks, ::testing::HasSubstr("SMs up to"));
+  }
 }
 
 TEST_P(Memory, WeightsOfEveryTypeBecomeEveryType) {
