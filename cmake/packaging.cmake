@@ -6,6 +6,7 @@ option(KRAIT_PACKAGE_DATA "Put the models and the test data into the package" ON
 get_property(tests GLOBAL PROPERTY KRAIT_TEST_PROGRAMS)
 install(TARGETS krait RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(DIRECTORY models/ DESTINATION ${CMAKE_INSTALL_DATADIR}/krait/models)
+install(FILES tools/plot_bench.py DESTINATION ${CMAKE_INSTALL_DATADIR}/krait)
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
 if(tests)
   install(TARGETS ${tests} bench_ops RUNTIME DESTINATION tests/bin COMPONENT tests EXCLUDE_FROM_ALL)

@@ -1,67 +1,74 @@
 // krait bench: tokens per second of prefill and decode, as a user of the engine gets them: prefill
 // includes the logits of the last token, decode includes the draw on the device and the token's way
-// back to the host.
+// back to the host. Beside each rate stands its share of the floor: what the bytes and flops that
+// the step can't avoid take at the ceilings of this device, measured in the same run.
 #include <algorithm>
 #include <chrono>
+#include <ctime>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <vector>
 
+#include "base/log.h"
+#include "base/stats.h"
+#include "cli/bench_result.h"
 #include "cli/command.h"
 #include "cli/console.h"
-#include "cli/json_out.h"
+#include "cli/plot.h"
 #include "cli/session.h"
-#include "cli/version.h"
 #include "model/random_weights.h"
 
 namespace krait {
 
 namespace {
 
+constexpr double kWideSpread = 0.03;
+
 struct BenchFlags {
-  ModelFlags model;
-  DeviceFlags device;
-  std::string random_weights;
+  std::vector<std::string> models;
+  std::vector<std::string> random_weights;
+  DeviceFlags device;  ///< but its dtypes, which are lists here
+  DTypeLists dtypes;
   std::vector<int64_t> prompts{512};
   std::vector<int64_t> batches{1};
+  std::vector<std::string> mixed;
   int64_t n_gen = 128;
   int repetitions = 5;
+  bool no_ceilings = false;
   std::string output = "md";
+  std::string plot;
 };
 
-struct Result {
-  int64_t n_prompt = 0;
-  int64_t n_gen = 0;
-  int64_t n_batch = 1;
-  std::vector<double> seconds = {};  ///< one for each repetition
+// ---- one test -----------------------------------------------------------------------------------
 
-  [[nodiscard]] int64_t tokens() const { return n_batch * (n_prompt + n_gen); }
-  [[nodiscard]] int64_t steps() const { return n_gen > 0 ? n_gen : 1; }
-  [[nodiscard]] std::string name() const {
-    return n_gen > 0 ? fmt::format("tg{}", n_gen) : fmt::format("pp{}", n_prompt);
-  }
-  [[nodiscard]] double rate(double s) const { return static_cast<double>(tokens()) / s; }
-  [[nodiscard]] double median() const {
-    std::vector<double> s = seconds;
-    std::sort(s.begin(), s.end());
-    const size_t h = s.size() / 2;
-    return s.size() % 2 == 1 ? s[h] : (s[h - 1] + s[h]) / 2;
-  }
-  [[nodiscard]] double best() const { return *std::min_element(seconds.begin(), seconds.end()); }
-  [[nodiscard]] double worst() const { return *std::max_element(seconds.begin(), seconds.end()); }
-};
+using Clock = std::chrono::steady_clock;
 
-/// Runs `body` once to warm up and then `repetitions` times.
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// Fills in the row's seconds: `body`, `repetitions` times after a warm-up. Bodies shorter than
+/// kSample run several times for one repetition, so that the clock and the launch of the first
+/// kernel don't count. `body` returns the seconds until each sequence had its first token.
 template <typename F>
-std::vector<double> time(int repetitions, F&& body) {
-  std::vector<double> seconds;
-  for (int r = -1; r < repetitions; ++r) {
-    const auto start = std::chrono::steady_clock::now();
+void time(BenchRow& row, int repetitions, F&& body) {
+  constexpr double kWarmUp = 0.1;
+  constexpr double kSample = 0.02;
+  double once = 0;
+  for (double spent = 0; spent == 0 || spent < kWarmUp; spent += once) {
+    const auto start = Clock::now();
     body();
-    const auto stop = std::chrono::steady_clock::now();
-    if (r >= 0) seconds.push_back(std::chrono::duration<double>(stop - start).count());
+    once = seconds_since(start);
   }
-  return seconds;
+  const int times = std::max(1, static_cast<int>(kSample / once));
+  for (int r = 0; r < repetitions; ++r) {
+    double first_token = 0;
+    const auto start = Clock::now();
+    for (int i = 0; i < times; ++i) first_token += body();
+    row.seconds.push_back(seconds_since(start) / times);
+    if (row.test.n_prompt > 0) row.first_token.push_back(first_token / times);
+  }
 }
 
 /// Ids from all over the vocabulary, the same each time (a linear congruential generator, Knuth's
@@ -76,127 +83,351 @@ std::vector<int32_t> some_ids(int64_t n, int64_t vocab) {
   return ids;
 }
 
-Result bench_prefill(Engine& engine, int64_t n, const BenchFlags& flags, int64_t vocab) {
-  Result result{.n_prompt = n};
-  const std::vector<int32_t> ids = some_ids(n, vocab);
-  result.seconds = time(flags.repetitions, [&] {
-    engine.open(0, default_sampling({}));
-    engine.prefill(0, ids);
-    (void)engine.receive();
-  });
-  return result;
-}
+/// Runs tests of one model and state type. The engine is kept from test to test while the batch
+/// stays the same, so that a batch that does not fit the device costs only its own tests.
+class Runner {
+ public:
+  Runner(const Session& session, const BenchFlags& flags, DType state)
+      : model_(*session.model), op_(*session.ops), flags_(flags), state_(state) {}
 
-Result bench_decode(Engine& engine, int64_t batch, const BenchFlags& flags, int64_t vocab) {
-  Result result{.n_gen = flags.n_gen, .n_batch = batch};
-  std::vector<int32_t> slots(static_cast<size_t>(batch));
-  std::iota(slots.begin(), slots.end(), 0);
-  const std::vector<int32_t> ids = some_ids(batch, vocab);
-  for (const int32_t slot : slots) {
-    SampleParams params = default_sampling({});
-    params.sequence = static_cast<uint64_t>(slot);
-    engine.open(slot, params);
-    engine.prefill(slot, std::span(ids).subspan(static_cast<size_t>(slot), 1));
+  void run(BenchRow& row) {
+    const BenchTest& t = row.test;
+    Engine& engine = engine_for(t.n_batch);
+    const std::vector<int32_t> ids =
+        some_ids(t.n_batch * std::max<int64_t>(t.n_prompt, 1), model_.config().vocab_size);
+    if (t.n_prompt == 0) start(engine, ids, 1);
+    time(row, flags_.repetitions, [&] {
+      double first_token = 0;
+      if (t.n_prompt > 0) {
+        const auto begin = Clock::now();
+        start(engine, ids, t.n_prompt);
+        first_token = seconds_since(begin);
+      }
+      decode(engine, t.n_steps());
+      return first_token;
+    });
+  }
+
+ private:
+  Engine& engine_for(int64_t batch) {
+    if (batch == batch_) return *engine_;
+    engine_.reset();  // its memory goes before the next one's comes
+    batch_ = 0;
+    EngineOptions options;
+    options.n_slot = batch;
+    options.prefill_chunk = flags_.device.prefill_chunk;
+    options.state_dtype = state_;
+    options.penalties = false;
+    engine_ = std::make_unique<Engine>(model_, op_, options);
+    batch_ = batch;
+    slots_.resize(static_cast<size_t>(batch));
+    std::iota(slots_.begin(), slots_.end(), 0);
+    return *engine_;
+  }
+
+  /// Opens every sequence and feeds it `n_prompt` of the ids; returns when each has a token.
+  void start(Engine& engine, const std::vector<int32_t>& ids, int64_t n_prompt) {
+    const auto n = static_cast<size_t>(n_prompt);
+    std::vector<PrefillRequest> requests;
+    for (const int32_t slot : slots_) {
+      SampleParams params = default_sampling({});
+      params.sequence = static_cast<uint64_t>(slot);
+      engine.open(slot, params);
+      requests.push_back({slot, std::span(ids).subspan(static_cast<size_t>(slot) * n, n)});
+    }
+    engine.prefill(requests);
     (void)engine.receive();
   }
-  result.seconds = time(flags.repetitions, [&] {
-    engine.step(slots);
-    for (int64_t i = 1; i < flags.n_gen; ++i) {
-      engine.step(slots);  // one ahead, as generation does
+
+  void decode(Engine& engine, int64_t n) {
+    if (n == 0) return;
+    engine.step(slots_);
+    for (int64_t i = 1; i < n; ++i) {
+      engine.step(slots_);  // one ahead, as generation does
       (void)engine.receive();
     }
     (void)engine.receive();
-  });
-  return result;
+  }
+
+  const Model& model_;
+  Ops& op_;
+  const BenchFlags& flags_;
+  DType state_;
+  int64_t batch_ = 0;
+  std::unique_ptr<Engine> engine_;
+  std::vector<int32_t> slots_;
+};
+
+// ---- floors -------------------------------------------------------------------------------------
+
+/// The ceilings of the device, each measured when it is first asked for.
+class Ceilings {
+ public:
+  explicit Ceilings(const BenchFlags& flags) : flags_(flags) {}
+
+  /// Before the first model takes the memory.
+  void measure() {
+    if (!flags_.no_ceilings) memory_ = measure_memory(*open_device(flags_.device));
+  }
+
+  /// Fills in the row's work and floor. The steps of a mixed test add up.
+  void apply(BenchRow& row, const Model& model, Ops& op) {
+    const ModelConfig& c = model.config();
+    const BenchTest& t = row.test;
+    const WorkTypes types{row.model.dtype, op.activation_dtype(row.model.dtype),
+                          row.model.state_dtype};
+    Work prompt;
+    Work step;
+    try {
+      if (t.n_prompt > 0) prompt = prefill_work(c, types, t.n_batch, t.n_prompt);
+      step = decode_work(c, types, t.n_batch);
+    } catch (const Error& e) {  // a family that is not counted
+      spdlog::debug("{}", e.message());
+      return;
+    }
+    row.work = prompt;
+    for (int64_t i = 0; i < t.n_steps(); ++i) *row.work += step;
+    if (!memory_) return;
+    auto at = products_.find(row.model.dtype);
+    if (at == products_.end()) {
+      at = products_.emplace(row.model.dtype, measure_product(op, row.model.dtype)).first;
+    }
+    const double bytes = memory_->copy;
+    const double flops = at->second;
+    row.floor = {*memory_, flops,
+                 floor_seconds(prompt, bytes, flops) +
+                     static_cast<double>(t.n_steps()) * floor_seconds(step, bytes, flops)};
+  }
+
+ private:
+  const BenchFlags& flags_;
+  std::optional<MemoryCeiling> memory_;
+  std::map<DType, double> products_;
+};
+
+// ---- the whole ----------------------------------------------------------------------------------
+
+/// One line on stderr that says what is being measured: wiped on a terminal, kept elsewhere.
+class Progress {
+ public:
+  Progress(size_t total, bool quiet)
+      : total_(total), quiet_(quiet), terminal_(stderr_is_terminal()) {}
+  ~Progress() { wipe(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void next(const std::string& what) {
+    ++done_;
+    if (quiet_) return;
+    if (terminal_) {
+      wipe();
+      fmt::print(stderr, "[{}/{}] {}", done_, total_, what);
+      drawn_ = true;
+    } else {
+      spdlog::info("[{}/{}] {}", done_, total_, what);
+    }
+  }
+  void skip(size_t n) { done_ += n; }
+  void wipe() {
+    if (drawn_) fmt::print(stderr, "\r\x1b[K");
+    drawn_ = false;
+  }
+
+ private:
+  size_t total_;
+  size_t done_ = 0;
+  bool quiet_;
+  bool terminal_;
+  bool drawn_ = false;
+};
+
+std::string now_utc() {
+  const std::time_t t = std::time(nullptr);
+  std::tm tm{};
+  gmtime_r(&t, &tm);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  return text;
 }
 
-Session open_random(const BenchFlags& flags) {
+std::vector<BenchTest> planned_tests(const BenchFlags& flags) {
+  std::vector<BenchTest> tests;
+  for (const int64_t n : flags.prompts) {
+    if (n > 0) tests.push_back({n, 0, 1});
+  }
+  for (const int64_t batch : flags.batches) {
+    if (flags.n_gen > 0) tests.push_back({0, flags.n_gen, batch});
+  }
+  for (const std::string& pair : flags.mixed) {
+    const std::vector<int32_t> n = parse_ids(pair);
+    if (n.size() != 2 || n[0] < 1 || n[1] < 1) {
+      throw Error(
+          ErrorKind::usage,
+          fmt::format("-pg: expected two numbers above 0 such as 2048,128, found \"{}\"", pair));
+    }
+    for (const int64_t batch : flags.batches) tests.push_back({n[0], n[1], batch});
+  }
+  if (tests.empty()) throw Error(ErrorKind::usage, "-p, -n and -pg leave nothing to measure");
+  return tests;
+}
+
+Session open_random(const std::string& shape, const DeviceFlags& device) {
   Session s;
-  s.source.name = flags.random_weights + " (random weights)";
-  ModelConfig config = published_config(flags.random_weights);
-  s.ops = open_device(flags.device);
+  s.source.name = shape;
+  const ModelConfig config = published_config(shape);
+  s.ops = open_device(device);
   const bool cuda = s.ops->backend() == "cuda";
-  const DType dtype = flags.device.weight_dtype().value_or(cuda ? DType::bf16 : DType::f32);
+  const DType dtype = device.weight_dtype().value_or(cuda ? DType::bf16 : DType::f32);
   // The CPU uses the weights where they lie; a device gets a copy.
   s.checkpoint = make_random_checkpoint(config, dtype, /*seed=*/0,
                                         cuda ? RandomMemory::shared : RandomMemory::distinct);
+  const auto start = Clock::now();
   s.model = load_model(config, *s.checkpoint, *s.ops, dtype);
+  s.load_seconds = seconds_since(start);
   return s;
 }
 
-std::string markdown(const Session& s, const BenchFlags& flags,
-                     const std::vector<Result>& results) {
-  std::string out = fmt::format(
-      "{}; weights {}, state {}; krait {} ({}); median of {} after a warm-up, slowest to "
-      "fastest\n\n",
-      s.ops->info().name, dtype_name(s.model->weight_dtype()), dtype_name(flags.device.ssm_dtype()),
-      version(), commit(), flags.repetitions);
-  out += "| model | size | params | backend | batch | test | t/s | spread | ms/step |\n";
-  out += "| --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: |\n";
-  for (const Result& r : results) {
-    out +=
-        fmt::format("| {} | {} | {:.1f} M | {} | {} | {} | {:.1f} | {:.1f} - {:.1f} | {:.3f} |\n",
-                    s.source.name, human_bytes(s.model->weight_bytes()),
-                    static_cast<double>(s.model->parameter_count()) / 1e6, s.ops->backend(),
-                    r.n_batch, r.name(), r.rate(r.median()), r.rate(r.worst()), r.rate(r.best()),
-                    r.median() * 1e3 / static_cast<double>(r.steps()));
-  }
-  return out;
-}
+class Bench {
+ public:
+  Bench(const BenchFlags& flags, const CommonFlags& common)
+      : flags_(flags),
+        common_(common),
+        tests_(planned_tests(flags)),
+        ceilings_(flags),
+        models_(flags.random_weights.empty() ? flags.models : flags.random_weights),
+        rows_of_a_load_(tests_.size() * flags.dtypes.state.size()),
+        planned_(models_.size() * flags.dtypes.weights.size() * rows_of_a_load_),
+        progress_(planned_, common.quiet) {}
 
-OrderedJson json(const Session& s, const BenchFlags& flags, const std::vector<Result>& results) {
-  OrderedJson all = OrderedJson::array();
-  for (const Result& r : results) {
-    OrderedJson j = {{"build_commit", commit()},
-                     {"build_version", version()},
-                     {"device", s.ops->info().name},
-                     {"backends", s.ops->backend()},
-                     {"model", s.source.name},
-                     {"model_size", s.model->weight_bytes()},
-                     {"model_n_params", s.model->parameter_count()},
-                     {"dtype", dtype_name(s.model->weight_dtype())},
-                     {"state_dtype", dtype_name(flags.device.ssm_dtype())},
-                     {"n_threads", flags.device.threads},
-                     {"n_batch", r.n_batch},
-                     {"n_prompt", r.n_prompt},
-                     {"n_gen", r.n_gen},
-                     {"median_ts", r.rate(r.median())},
-                     {"min_ts", r.rate(r.worst())},
-                     {"max_ts", r.rate(r.best())},
-                     {"median_ms_per_step", r.median() * 1e3 / static_cast<double>(r.steps())}};
-    for (const double seconds : r.seconds) {
-      j["samples_ns"].push_back(static_cast<int64_t>(seconds * 1e9));
-      j["samples_ts"].push_back(r.rate(seconds));
+  int run() {
+    if (!flags_.plot.empty()) require_plotting(flags_.plot);
+    machine_ = describe_machine();
+    writer_ = make_bench_writer(flags_.output, machine_, [this](std::string_view text) {
+      progress_.wipe();
+      write_stdout(text);
+    });
+    ceilings_.measure();
+    for (const std::string& model : models_) {
+      for (const std::string& dtype : flags_.dtypes.weights) measure(model, dtype);
     }
-    all.push_back(std::move(j));
+    progress_.wipe();
+    if (n_measured_ == 0) {
+      throw Error(first_failure_, fmt::format("none of the {} tests could be run", planned_));
+    }
+    writer_->end();
+    if (!flags_.plot.empty()) plot_bench(dump_json(plotted_), flags_.plot);
+    return n_failed_ == 0 ? 0 : exit_code(first_failure_);
   }
-  return all;
-}
 
-int bench(const BenchFlags& flags, const CommonFlags& common) {
-  if (!flags.random_weights.empty() && !flags.model.model.empty()) {
+ private:
+  [[nodiscard]] BenchMachine describe_machine() const {
+    const auto op = open_device(flags_.device);
+    const std::string processor = make_cpu_ops(1, /*fast=*/false)->info().processor;
+    return {std::string(op->backend()), op->info(), processor, flags_.device.threads,
+            flags_.repetitions};
+  }
+
+  /// All tests of one model with weights of one type.
+  void measure(const std::string& name, const std::string& dtype) {
+    DeviceFlags device = flags_.device;
+    device.dtype = dtype;
+    const std::string title = flags_.random_weights.empty() && !name.empty() ? name
+                              : name.empty()                                 ? "the shipped model"
+                                             : name + " (random weights)";
+    Session session;
+    try {
+      session = flags_.random_weights.empty() ? open_session({name, {}}, device, common_)
+                                              : open_random(name, device);
+    } catch (const Error& e) {
+      fail(e, title, rows_of_a_load_);
+      progress_.skip(rows_of_a_load_);
+      return;
+    }
+    const Model& model = *session.model;
+    BenchRow row;
+    row.model = {session.source.name,
+                 session.source.checkpoint.string(),
+                 model.config().family,
+                 model.weight_bytes(),
+                 model.parameter_count(),
+                 model.weight_dtype(),
+                 DType::f32,
+                 session.load_seconds};
+    for (const std::string& state : flags_.dtypes.state) {
+      device.state_dtype = state;
+      row.model.state_dtype = device.ssm_dtype();
+      Runner runner(session, flags_, row.model.state_dtype);
+      for (const BenchTest& test : tests_) {
+        row.test = test;
+        measure(row, runner, session);
+      }
+    }
+  }
+
+  void measure(BenchRow row, Runner& runner, const Session& session) {
+    const std::string title =
+        fmt::format("{} {}, state {}: {}, batch {}", row.model.name, dtype_name(row.model.dtype),
+                    dtype_name(row.model.state_dtype), row.test.name(), row.test.n_batch);
+    progress_.next(title);
+    row.time = now_utc();
+    try {
+      ceilings_.apply(row, *session.model, *session.ops);
+      runner.run(row);
+    } catch (const Error& e) {
+      fail(e, title, 1);
+      row.error = e.message();
+    }
+    if (row.error.empty()) {
+      ++n_measured_;
+      if (row.spread() > kWideSpread) {
+        progress_.wipe();
+        spdlog::warn("{}: the repetitions lie {:.1f}% apart, over {:.0f}%: is the device busy?",
+                     title, 100 * row.spread(), 100 * kWideSpread);
+      }
+    }
+    emit(row);
+  }
+
+  void emit(const BenchRow& row) {
+    // Rows that failed wait for the first that did not: without one nothing goes to stdout.
+    if (n_measured_ == 0) return waiting_.push_back(row);
+    for (const BenchRow& r : std::exchange(waiting_, {})) emit(r);
+    writer_->row(row);
+    if (!flags_.plot.empty()) plotted_.push_back(bench_json(machine_, row));
+  }
+
+  /// One sentence for `n` rows; the only thing there was to do ends the program with it.
+  void fail(const Error& e, const std::string& title, size_t n) {
+    if (n == planned_) throw e;
+    if (n_failed_ == 0) first_failure_ = e.kind();
+    n_failed_ += n;
+    progress_.wipe();
+    spdlog::error("{}: {}", title, e.message());
+  }
+
+  const BenchFlags& flags_;
+  const CommonFlags& common_;
+  std::vector<BenchTest> tests_;
+  Ceilings ceilings_;
+  std::vector<std::string> models_;
+  size_t rows_of_a_load_;
+  size_t planned_;
+  Progress progress_;
+  BenchMachine machine_;
+  std::unique_ptr<BenchWriter> writer_;
+  std::vector<BenchRow> waiting_;
+  OrderedJson plotted_ = OrderedJson::array();
+  size_t n_measured_ = 0;
+  size_t n_failed_ = 0;
+  ErrorKind first_failure_ = ErrorKind::runtime;
+};
+
+int bench(BenchFlags flags, const CommonFlags& common) {
+  if (!flags.random_weights.empty() && !flags.models.empty()) {
     throw Error(ErrorKind::usage, "-m and --random-weights exclude each other");
   }
-  const Session s = flags.random_weights.empty() ? open_session(flags.model, flags.device, common)
-                                                 : open_random(flags);
-  const int64_t vocab = s.model->config().vocab_size;
-  EngineOptions options;
-  options.n_slot = *std::max_element(flags.batches.begin(), flags.batches.end());
-  options.prefill_chunk = flags.device.prefill_chunk;
-  options.state_dtype = flags.device.ssm_dtype();
-  options.penalties = false;
-  Engine engine(*s.model, *s.ops, options);
-
-  std::vector<Result> results;
-  for (const int64_t n : flags.prompts) {
-    if (n > 0) results.push_back(bench_prefill(engine, n, flags, vocab));
-  }
-  for (const int64_t batch : flags.batches) {
-    if (flags.n_gen > 0) results.push_back(bench_decode(engine, batch, flags, vocab));
-  }
-  write_stdout(flags.output == "json" ? dump_json(json(s, flags, results), 2)
-                                      : markdown(s, flags, results));
-  return 0;
+  if (flags.models.empty()) flags.models.emplace_back();  // the one that ships
+  return Bench(flags, common).run();
 }
 
 }  // namespace
@@ -204,6 +435,15 @@ int bench(const BenchFlags& flags, const CommonFlags& common) {
 Command add_bench_command(CLI::App& app, CommonFlags& common) {
   CLI::App* sub = app.add_subcommand("bench", "Tokens per second of prefill and decode");
   auto flags = std::make_shared<BenchFlags>();
+  with_env(sub->add_option("-m,--model", flags->models,
+                           "Model as for run; repeatable (default: the one that ships with krait)"))
+      ->allow_extra_args(false)
+      ->type_name("MODEL");
+  with_env(sub->add_option("--random-weights", flags->random_weights,
+                           "Models of published shapes with random weights, made in memory, e.g. "
+                           "130m,2.8b"))
+      ->delimiter(',')
+      ->type_name("LIST");
   with_env(sub->add_option("-p,--n-prompt", flags->prompts,
                            "Prompt lengths, e.g. 512,2048; 0: none (default 512)"))
       ->delimiter(',')
@@ -215,21 +455,26 @@ Command add_bench_command(CLI::App& app, CommonFlags& common) {
   with_env(sub->add_option("-b,--batch", flags->batches,
                            "Sequences that decode together, e.g. 1,8,64 (default 1)"))
       ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 16))
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("LIST");
+  with_env(sub->add_option("--n-prompt-gen", flags->mixed,
+                           "Also -pg: each sequence is fed P tokens, then generates N; repeatable"))
+      ->allow_extra_args(false)
+      ->type_name("P,N");
   with_env(sub->add_option("-r,--repetitions", flags->repetitions,
                            "Timed repetitions of each test (default 5)"))
       ->check(CLI::Range(1, 1 << 20))
       ->type_name("N");
-  with_env(sub->add_option("--random-weights", flags->random_weights,
-                           "A model of a published shape with random weights, made in memory"))
-      ->check(CLI::IsMember({"130m", "370m", "790m", "1.4b", "2.8b"}))
-      ->type_name("SHAPE");
-  with_env(sub->add_option("-o,--output", flags->output, "md (default) or json"))
-      ->check(CLI::IsMember({"md", "json"}))
+  with_env(sub->add_flag("--no-ceilings", flags->no_ceilings,
+                         "Don't measure what the device can do; no share of the floor"));
+  with_env(sub->add_option("-o,--output", flags->output, "md (default), json, jsonl or csv"))
+      ->check(CLI::IsMember({"md", "json", "jsonl", "csv"}))
       ->type_name("FORMAT");
-  add_model_flags(*sub, flags->model);
-  add_device_flags(*sub, flags->device);
+  with_env(sub->add_option("--plot", flags->plot,
+                           "Also draw the throughput (needs python3 with matplotlib)"))
+      ->type_name("FILE.png|svg");
+  add_backend_flags(*sub, flags->device);
+  add_dtype_lists(*sub, flags->dtypes);
   add_common_flags(*sub, common);
   return {sub, [flags, &common] { return bench(*flags, common); }};
 }

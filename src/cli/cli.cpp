@@ -3,6 +3,7 @@
 #include <csignal>
 #include <cstdio>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "base/error.h"
@@ -29,6 +30,17 @@ std::string one_line(std::string text) {
   return text;
 }
 
+/// The words of the command line, the last one first, as CLI11 takes them.
+std::vector<std::string> words(int argc, char** argv) {
+  std::vector<std::string> all(argv + std::min(argc, 1), argv + argc);
+  // llama-bench's -pg has two letters behind one dash, which would be read as -p g.
+  if (!all.empty() && all.front() == "bench") {
+    std::replace(all.begin(), all.end(), std::string("-pg"), std::string("--n-prompt-gen"));
+  }
+  std::reverse(all.begin(), all.end());
+  return all;
+}
+
 int parse_and_run(int argc, char** argv) {
   CLI::App app("krait runs pretrained language models of the Mamba family.", "krait");
   app.set_version_flag("--version", fmt::format("krait {} ({})", version(), commit()));
@@ -43,7 +55,7 @@ int parse_and_run(int argc, char** argv) {
       add_bench_command(app, common)};
 
   try {
-    app.parse(argc, argv);
+    app.parse(words(argc, argv));
   } catch (const CLI::CallForHelp&) {
     const std::vector<CLI::App*> chosen = app.get_subcommands();
     write_stdout(chosen.empty() ? app.help() : chosen.front()->help("krait"));

@@ -25,6 +25,14 @@ constexpr const char* kDeviceGroup = "Device";
 constexpr const char* kModelGroup = "Model";
 constexpr const char* kOutputGroup = "Messages";
 
+const std::vector<std::string> kStateTypes{"f32",      "bf16",    "f16", "float32",
+                                           "bfloat16", "float16", "half"};
+const std::vector<std::string> kWeightTypes = [] {
+  std::vector<std::string> types = kStateTypes;
+  types.emplace_back("auto");
+  return types;
+}();
+
 /// "temperature" of `--temp,--temperature`; "prompt" of `-p,--prompt`.
 std::string long_name(const CLI::Option& option) {
   return option.get_lnames().empty() ? std::string() : option.get_lnames().back();
@@ -112,7 +120,7 @@ std::optional<DType> DeviceFlags::weight_dtype() const {
 
 DType DeviceFlags::ssm_dtype() const { return parse_dtype(state_dtype); }
 
-void add_device_flags(CLI::App& app, DeviceFlags& flags) {
+void add_backend_flags(CLI::App& app, DeviceFlags& flags) {
   const CLI::Validator device(
       [](std::string& s) {
         const std::string_view v = s;
@@ -129,16 +137,6 @@ void add_device_flags(CLI::App& app, DeviceFlags& flags) {
       ->check(device)
       ->type_name("DEVICE")
       ->group(kDeviceGroup);
-  with_env(
-      app.add_option("--dtype", flags.dtype, "Weights as auto (as in the file), f32, bf16, f16"))
-      ->check(
-          CLI::IsMember({"auto", "f32", "bf16", "f16", "float32", "bfloat16", "float16", "half"}))
-      ->type_name("DTYPE")
-      ->group(kDeviceGroup);
-  with_env(app.add_option("--state-dtype", flags.state_dtype, "SSM state as f32, bf16, f16"))
-      ->check(CLI::IsMember({"f32", "bf16", "f16", "float32", "bfloat16", "float16", "half"}))
-      ->type_name("DTYPE")
-      ->group(kDeviceGroup);
   with_env(app.add_option("-t,--threads", flags.threads, "CPU threads (0: all cores)"))
       ->check(CLI::Range(0, 4096))
       ->type_name("N")
@@ -147,6 +145,34 @@ void add_device_flags(CLI::App& app, DeviceFlags& flags) {
                           "Prompt tokens per step (0: chosen for the device)"))
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->type_name("N")
+      ->group(kDeviceGroup);
+}
+
+void add_device_flags(CLI::App& app, DeviceFlags& flags) {
+  add_backend_flags(app, flags);
+  with_env(
+      app.add_option("--dtype", flags.dtype, "Weights as auto (as in the file), f32, bf16, f16"))
+      ->check(CLI::IsMember(kWeightTypes))
+      ->type_name("DTYPE")
+      ->group(kDeviceGroup);
+  with_env(app.add_option("--state-dtype", flags.state_dtype, "SSM state as f32, bf16, f16"))
+      ->check(CLI::IsMember(kStateTypes))
+      ->type_name("DTYPE")
+      ->group(kDeviceGroup);
+}
+
+void add_dtype_lists(CLI::App& app, DTypeLists& lists) {
+  with_env(app.add_option("--dtype", lists.weights,
+                          "Weights as auto (as in the file), f32, bf16, f16; several: f32,bf16"))
+      ->delimiter(',')
+      ->check(CLI::IsMember(kWeightTypes))
+      ->type_name("LIST")
+      ->group(kDeviceGroup);
+  with_env(app.add_option("--state-dtype", lists.state,
+                          "SSM state as f32, bf16, f16; several: f32,bf16"))
+      ->delimiter(',')
+      ->check(CLI::IsMember(kStateTypes))
+      ->type_name("LIST")
       ->group(kDeviceGroup);
 }
 

@@ -49,6 +49,15 @@ struct DeviceFlags {
   [[nodiscard]] DType ssm_dtype() const;
 };
 void add_device_flags(CLI::App& app, DeviceFlags& flags);
+/// --device, --threads and --prefill-chunk alone.
+void add_backend_flags(CLI::App& app, DeviceFlags& flags);
+
+/// --dtype and --state-dtype as lists, for a command that tries several.
+struct DTypeLists {
+  std::vector<std::string> weights{"auto"};
+  std::vector<std::string> state{"f32"};
+};
+void add_dtype_lists(CLI::App& app, DTypeLists& lists);
 
 /// What a prompt is made of: text or ids.
 struct Prompt {
