@@ -183,6 +183,14 @@ class Ops {
   virtual void sample(const Tensor& logits, int64_t vocab, const SampleState& state,
                       const Tensor& slot, int64_t n_seq) = 0;
 
+  /// Log-probabilities of given tokens, and the likeliest token, of each row of logits f32 [n,
+  /// vocab_rows]; columns from `vocab` on are padding:
+  ///   logprob[i] = logits[i, target[i]] - log(sum_v exp(logits[i, v]))
+  ///   best[i]    = the first v with the largest logit
+  /// logprob f32 [n]; best, target i32 [n].
+  virtual void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits,
+                        int64_t vocab, const Tensor& target) = 0;
+
   /// Waits for the oldest post not yet received (one per sample call, first in first out, at most 8
   /// outstanding) and writes its tokens, in the order of its rows.
   virtual void receive(std::span<int32_t> tokens) = 0;

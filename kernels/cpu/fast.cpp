@@ -49,6 +49,16 @@ void FastOps::selective_scan(const Tensor& y, const ScanInputs& in, const Tensor
   cpu::selective_scan(pool_, y, in, ssm_state, batch);
 }
 
+void FastOps::log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits,
+                       int64_t vocab, const Tensor& target) {
+  cpu::check_log_prob(logprob, best, logits, vocab, target);
+  pool_.parallel_for(logits.dim(0), 1, [&](int64_t begin, int64_t end) {
+    const int64_t n = end - begin;
+    PlainOps::log_prob(logprob.rows(begin, n), best.rows(begin, n), logits.rows(begin, n), vocab,
+                       target.rows(begin, n));
+  });
+}
+
 void FastOps::sort_keys(std::span<uint64_t> keys) const {
   const hwy::Sorter sort;
   sort(keys.data(), keys.size(), hwy::SortAscending());

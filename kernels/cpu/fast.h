@@ -23,6 +23,8 @@ class FastOps : public PlainOps {
                    const Tensor& conv_state, const Batch& batch) override;
   void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                       const Batch& batch) override;
+  void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+                const Tensor& target) override;
 
  protected:
   void sort_keys(std::span<uint64_t> keys) const override;

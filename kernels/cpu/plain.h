@@ -23,6 +23,8 @@ class PlainOps : public CpuOps {
                       const Batch& batch) override;
   void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
               int64_t n_seq) override;
+  void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+                const Tensor& target) override;
 
  protected:
   /// Sorts keys, none of which is equal to another, in ascending order.

@@ -119,4 +119,17 @@ void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state,
   }
 }
 
+void check_log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+                    const Tensor& target) {
+  constexpr std::string_view kVerb = "log_prob";
+  const int64_t n = dim(logits, 0);
+  check_tensor(kVerb, "logits", logits, {n, dim(logits, 1)}, kF32);
+  if (vocab < 1 || vocab > logits.dim(1)) {
+    wrong_tensor(kVerb, "logits", fmt::format("{} or more columns", vocab), logits);
+  }
+  check_tensor(kVerb, "logprob", logprob, {n}, kF32);
+  check_tensor(kVerb, "best", best, {n}, kI32);
+  check_tensor(kVerb, "target", target, {n}, kI32);
+}
+
 }  // namespace krait::cpu

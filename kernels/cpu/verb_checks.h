@@ -19,5 +19,7 @@ void check_selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& s
                           const Batch& batch);
 void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
                   int64_t n_seq);
+void check_log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+                    const Tensor& target);
 
 }  // namespace krait::cpu

@@ -172,6 +172,11 @@ class CudaOps final : public Ops {
     cuda::sample(logits, vocab, state, slot, n_seq, mailbox_, stream_);
   }
 
+  void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+                const Tensor& target) override {
+    cuda::log_prob(logprob, best, logits, vocab, target, stream_);
+  }
+
   void receive(std::span<int32_t> tokens) override {
     const unsigned long long wanted = received_ + 1;
     const volatile unsigned long long* posted = mailbox_.posted;

@@ -47,6 +47,9 @@ struct Mailbox {
 void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
             int64_t n_seq, const Mailbox& mailbox, cudaStream_t stream);
 
+void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
+              const Tensor& target, cudaStream_t stream);
+
 // ceilings.cu
 void stream_copy(void* dst, const void* src, size_t bytes, cudaStream_t stream);
 void stream_read(void* sum, const void* src, size_t bytes, cudaStream_t stream);

@@ -29,6 +29,9 @@ enum StepTensor : size_t {
   kChunk,        ///< i32: what describes a prefill chunk, see ChunkLayout
   kEnd,          ///< f32 [n_slot, d_model]: the residual rows that the tokens are drawn from
   kEndSlot,      ///< i32 [n_slot]
+  kScored,       ///< f32 [n_row, d_model]: residual rows to score; null unless scoring
+  kLogProb,      ///< f32 [n_tok], or null
+  kBest,         ///< i32 [n_tok], or null
   kDecodeStart,  ///< i32 [n_slot + 1]: 0, 1, 2, ...
   kDecodeSlot,   ///< i32 [n_slot]
   kParams,       ///< this and the rest: SampleState
@@ -43,16 +46,20 @@ enum StepTensor : size_t {
 };
 
 /// One upload describes a prefill chunk: its ids, Batch::seq_start and Batch::slot, and the rows
-/// that end a prompt. Offsets in i32.
+/// that end a prompt or are scored. Offsets in i32.
 struct ChunkLayout {
-  ChunkLayout(int64_t n_tok, int64_t n_seq)
+  ChunkLayout(int64_t n_tok, int64_t n_seq, int64_t n_score)
       : start(aligned(n_tok)),
         slot(start + aligned(n_seq + 1)),
         end(slot + aligned(n_seq)),
-        size(end + aligned(n_seq)) {}
-  int64_t start;  ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
-  int64_t slot;   ///< i32 [n_seq]
-  int64_t end;    ///< i32 [as many as prompts end]
+        score(end + aligned(n_seq)),
+        target(score + aligned(n_score)),
+        size(target + aligned(n_score)) {}
+  int64_t start;   ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
+  int64_t slot;    ///< i32 [n_seq]
+  int64_t end;     ///< i32 [as many as prompts end]
+  int64_t score;   ///< i32 [n_score]
+  int64_t target;  ///< i32 [n_score]: the tokens whose probability is wanted
   int64_t size;
 
  private:
@@ -68,6 +75,7 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
                                      const std::vector<TensorSpec>& activations) {
   const int64_t n_tok = std::max(o.prefill_chunk, o.n_slot);
   const int64_t n_row = logits_rows(c, o);
+  const int64_t n_score = o.scoring ? o.prefill_chunk : 0;
   const int64_t n_penalty = o.penalties ? o.n_slot : 0;
   std::vector<TensorSpec> specs{
       {"residual", {n_tok, c.d_model}, DType::f32},
@@ -75,10 +83,13 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
       {"normed", {n_row, c.d_model}, T},
       {"logits", {n_row, c.vocab_rows}, DType::f32},
       {"chunk",
-       {ChunkLayout(o.prefill_chunk, std::min(o.prefill_chunk, o.n_slot)).size},
+       {ChunkLayout(o.prefill_chunk, std::min(o.prefill_chunk, o.n_slot), n_score).size},
        DType::i32},
       {"end", {o.n_slot, c.d_model}, DType::f32},
       {"end_slot", {o.n_slot}, DType::i32},
+      {"scored", {o.scoring ? n_row : 0, c.d_model}, DType::f32},
+      {"logprob", {n_score}, DType::f32},
+      {"best", {n_score}, DType::i32},
       {"decode_start", {o.n_slot + 1}, DType::i32},
       {"decode_slot", {o.n_slot}, DType::i32},
       {"params", {o.n_slot, static_cast<int64_t>(sizeof(SampleParams))}, DType::u8},
@@ -405,16 +416,17 @@ void Engine::copy(int from, int to) {
 bool Engine::prefill(int slot, std::span<const int32_t> ids, bool sample, const LogitsSink& sink,
                      bool last_only, const std::function<bool()>& cancelled) {
   const PrefillRequest request{slot, ids, sample};
-  return prefill_packed(std::span(&request, 1), sink, last_only, cancelled);
+  return prefill_packed(std::span(&request, 1), {}, sink, last_only, cancelled);
 }
 
-bool Engine::prefill(std::span<const PrefillRequest> requests,
+bool Engine::prefill(std::span<const PrefillRequest> requests, const ScoreSink& scores,
                      const std::function<bool()>& cancelled) {
-  return prefill_packed(requests, {}, false, cancelled);
+  return prefill_packed(requests, scores, {}, false, cancelled);
 }
 
-bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const LogitsSink& sink,
-                            bool last_only, const std::function<bool()>& cancelled) {
+bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const ScoreSink& scores,
+                            const LogitsSink& sink, bool last_only,
+                            const std::function<bool()>& cancelled) {
   Impl& e = *impl_;
   int64_t n_drawn = 0;  // sequences that draw a token
   for (const PrefillRequest& r : requests) {
@@ -428,6 +440,19 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Logi
           "ids must come from the tokenizer of this model");
     }
     if (r.sample) ++n_drawn;
+    if (r.targets.empty()) continue;
+    if (!e.options.scoring || r.targets.size() != r.ids.size()) {
+      throw Error(
+          ErrorKind::runtime,
+          fmt::format("{} targets for {} tokens, and an engine made {} scoring", r.targets.size(),
+                      r.ids.size(), e.options.scoring ? "for" : "without"));
+    }
+    for (const int32_t id : r.targets) {
+      if (id < e.c.vocab_size) continue;
+      throw Error(
+          ErrorKind::usage,
+          fmt::format("the token id {} is outside of the vocabulary of {}", id, e.c.vocab_size));
+    }
   }
   e.require_distinct(requests, [](const PrefillRequest& r) { return r.slot; });
   if (n_drawn > 0) e.require_room();
@@ -450,6 +475,12 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Logi
     [[nodiscard]] bool last() const { return begin + n == std::ssize(request->ids); }
   };
   std::vector<Piece> pieces;  // of one chunk
+  struct Scored {
+    size_t request;
+    int32_t target;
+    int32_t row;
+  };
+  std::vector<Scored> scored;  // of one chunk
   auto next = requests.begin();
   int64_t begin = 0;  // of what is left of *next
   const auto take_pieces = [&] {
@@ -473,10 +504,24 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Logi
     if (cancelled && cancelled()) return false;
     const int64_t n_tok = take_pieces();
     const auto n_seq = std::ssize(pieces);
-    const ChunkLayout at(n_tok, n_seq);
+    scored.clear();
+    int64_t row = 0;
+    for (const Piece& p : pieces) {
+      const auto targets =
+          p.request->targets.empty()
+              ? p.request->targets
+              : p.request->targets.subspan(static_cast<size_t>(p.begin), static_cast<size_t>(p.n));
+      for (size_t i = 0; i < targets.size(); ++i) {
+        if (targets[i] < 0) continue;
+        scored.push_back({static_cast<size_t>(p.request - requests.data()), targets[i],
+                          static_cast<int32_t>(row + static_cast<int64_t>(i))});
+      }
+      row += p.n;
+    }
+    const ChunkLayout at(n_tok, n_seq, std::ssize(scored));
     e.chunk.assign(static_cast<size_t>(at.size), 0);
     int32_t* chunk = e.chunk.data();
-    int64_t row = 0;
+    row = 0;
     int64_t max_len = 0;
     int64_t n_end = 0;
     for (int64_t i = 0; i < n_seq; ++i) {
@@ -487,6 +532,10 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Logi
       chunk[at.start + i + 1] = static_cast<int32_t>(row);
       chunk[at.slot + i] = p.request->slot;
       if (p.request->sample && p.last()) chunk[at.end + n_end++] = static_cast<int32_t>(row - 1);
+    }
+    for (size_t i = 0; i < scored.size(); ++i) {
+      chunk[at.score + static_cast<int64_t>(i)] = scored[i].row;
+      chunk[at.target + static_cast<int64_t>(i)] = scored[i].target;
     }
     const Tensor& all = e.step_memory[kChunk];
     e.op.upload(all.data, chunk, e.chunk.size() * sizeof(int32_t));
@@ -501,6 +550,27 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Logi
       n_ended += n_end;
     }
 
+    if (!scored.empty()) {
+      const auto n_score = std::ssize(scored);
+      for (int64_t i = 0; i < n_score; i += block) {
+        const int64_t n = std::min(block, n_score - i);
+        const Tensor rows = e.step_memory[kScored].rows(0, n);
+        e.op.gather_rows(rows, e.residual(0, n_tok), part(at.score + i, n));
+        e.op.log_prob(e.step_memory[kLogProb].rows(i, n), e.step_memory[kBest].rows(i, n),
+                      e.head(rows), e.c.vocab_size, part(at.target + i, n));
+      }
+      std::vector<float> logprob(scored.size());
+      std::vector<int32_t> best(scored.size());
+      e.op.download(logprob.data(), e.step_memory[kLogProb].data, logprob.size() * sizeof(float));
+      e.op.download(best.data(), e.step_memory[kBest].data, best.size() * sizeof(int32_t));
+      std::vector<TokenScore> of_request;
+      for (size_t i = 0; i < scored.size(); ++i) {
+        of_request.push_back({logprob[i], best[i]});
+        if (i + 1 < scored.size() && scored[i + 1].request == scored[i].request) continue;
+        if (scores) scores(scored[i].request, of_request);
+        of_request.clear();
+      }
+    }
     if (sink) {  // of one request: its rows are the chunk's
       const Piece& p = pieces[0];
       const int64_t fed = e.slot_at(p.request->slot).n_fed;

@@ -33,7 +33,8 @@ struct EngineOptions {
   /// Fill steps up with padding rows to one of a few sizes (Engine::step_rows), for callers whose
   /// number of sequences changes often: a backend remembers the launches of each size.
   bool pad_steps = false;
-  bool poison = false;  ///< starts all memory as NaN, so that a read of a free slot shows
+  bool scoring = false;  ///< room for PrefillRequest::targets
+  bool poison = false;   ///< starts all memory as NaN, so that a read of a free slot shows
 };
 
 /// Bytes of device memory by use, as `inspect` and the statistics line report them.
@@ -64,7 +65,19 @@ struct PrefillRequest {
   int32_t slot = 0;
   std::span<const int32_t> ids;
   bool sample = true;  ///< draw a token after the last of them; false: more will follow
+  /// targets[i], unless negative, is the token whose log-probability after ids[i] is wanted. Empty:
+  /// none. Only with EngineOptions::scoring.
+  std::span<const int32_t> targets = {};
 };
+
+/// What a target of PrefillRequest brought.
+struct TokenScore {
+  float logprob = 0;  ///< natural logarithm, from the softmax of the logits
+  int32_t best = 0;   ///< the likeliest token there
+};
+
+/// The scores of one request's next targets, in their order.
+using ScoreSink = std::function<void(size_t request, std::span<const TokenScore> scores)>;
 
 class Engine {
  public:
@@ -88,8 +101,9 @@ class Engine {
 
   /// The same for several sequences, packed without padding into chunks of at most prefill_chunk
   /// tokens: a chunk may end some prompts and begin others. The tokens of all requests that sample
-  /// are one launch to receive, in the order of the requests. Each slot may occur once.
-  bool prefill(std::span<const PrefillRequest> requests,
+  /// are one launch to receive, in the order of the requests. Each slot may occur once. `scores`
+  /// gets those of the targets, chunk by chunk, which waits for the chunk.
+  bool prefill(std::span<const PrefillRequest> requests, const ScoreSink& scores = {},
                const std::function<bool()>& cancelled = {});
 
   /// Feeds slot `to`, which is open, what was fed to slot `from`, by copying its state. Of neither
@@ -115,8 +129,9 @@ class Engine {
   [[nodiscard]] int64_t prefill_chunk() const noexcept;
 
  private:
-  bool prefill_packed(std::span<const PrefillRequest> requests, const LogitsSink& sink,
-                      bool last_only, const std::function<bool()>& cancelled);
+  bool prefill_packed(std::span<const PrefillRequest> requests, const ScoreSink& scores,
+                      const LogitsSink& sink, bool last_only,
+                      const std::function<bool()>& cancelled);
 
   struct Impl;
   std::unique_ptr<Impl> impl_;

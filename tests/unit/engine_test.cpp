@@ -246,6 +246,62 @@ TEST_P(EngineTest, PackedPrefillMixesRequestsThatSampleAndThatDoNot) {
   EXPECT_TRUE(e.prefill(std::span<const PrefillRequest>()));
 }
 
+TEST_P(EngineTest, ScoresAreTheLogitsLogProbabilities) {
+  EngineOptions options;
+  options.prefill_chunk = 16;
+  options.n_slot = 4;
+  options.scoring = true;
+  Engine e = engine(options);
+  std::vector<std::vector<int32_t>> prompts;
+  std::vector<std::vector<int32_t>> targets;
+  std::vector<std::vector<float>> want;
+  std::vector<std::vector<int32_t>> want_best;
+  for (const size_t n : {5U, 40U, 1U, 23U}) {
+    prompts.push_back(prompt(n, n));
+    auto& t = targets.emplace_back(prompt(n, n + 100));
+    for (size_t i = 0; i < n; i += 3) t[i] = -1;  // not wanted
+    if (n == 1) t[0] = 7;
+    const auto logits = all_logits(e, vocab_, prompts.back());
+    want.emplace_back();
+    want_best.emplace_back();
+    for (size_t i = 0; i < n; ++i) {
+      if (t[i] < 0) continue;
+      const auto row =
+          std::span(logits).subspan(i * static_cast<size_t>(vocab_), static_cast<size_t>(vocab_));
+      double sum = 0;
+      for (const float l : row) sum += std::exp(static_cast<double>(l));
+      want.back().push_back(static_cast<float>(row[static_cast<size_t>(t[i])] - std::log(sum)));
+      want_best.back().push_back(
+          static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin()));
+    }
+  }
+  std::vector<PrefillRequest> requests;
+  for (int i = 0; i < 4; ++i) {
+    e.open(3 - i, greedy());
+    const auto at = static_cast<size_t>(i);
+    requests.push_back({3 - i, prompts[at], i == 1, targets[at]});
+  }
+  std::vector<std::vector<float>> got(4);
+  std::vector<std::vector<int32_t>> got_best(4);
+  e.prefill(requests, [&](size_t r, std::span<const TokenScore> scores) {
+    for (const TokenScore& s : scores) {
+      got[r].push_back(s.logprob);
+      got_best[r].push_back(s.best);
+    }
+  });
+  EXPECT_EQ(e.receive().size(), 1U);
+  EXPECT_EQ(got_best, want_best);
+  for (size_t r = 0; r < 4; ++r) {
+    ASSERT_EQ(got[r].size(), want[r].size());
+    for (size_t i = 0; i < want[r].size(); ++i) EXPECT_NEAR(got[r][i], want[r][i], 1e-4);
+  }
+  Engine plain = engine();
+  plain.open(0, greedy());
+  requests[0].slot = 0;
+  EXPECT_TRUE(
+      throws(ErrorKind::runtime, "scoring", [&] { plain.prefill(std::span(requests).first(1)); }));
+}
+
 TEST_P(EngineTest, ACopiedSequenceGoesOnLikeItsSource) {
   // Penalties look back into the copied text.
   SampleParams params = stream(5);
