@@ -176,15 +176,8 @@ class Ceilings {
     const BenchTest& t = row.test;
     const WorkTypes types{row.model.dtype, op.activation_dtype(row.model.dtype),
                           row.model.state_dtype};
-    Work prompt;
-    Work step;
-    try {
-      if (t.n_prompt > 0) prompt = prefill_work(c, types, t.n_batch, t.n_prompt);
-      step = decode_work(c, types, t.n_batch);
-    } catch (const Error& e) {  // a family that is not counted
-      spdlog::debug("{}", e.message());
-      return;
-    }
+    const Work prompt = t.n_prompt > 0 ? prefill_work(c, types, t.n_batch, t.n_prompt) : Work{};
+    const Work step = decode_work(c, types, t.n_batch);
     row.work = prompt;
     for (int64_t i = 0; i < t.n_steps(); ++i) *row.work += step;
     if (!memory_) return;

@@ -64,8 +64,8 @@ struct BenchRow {
   std::vector<double> seconds = {};  ///< one for each repetition
   std::vector<double> first_token =
       {};                         ///< seconds until each sequence had one; tests with a prompt
-  std::optional<Work> work = {};  ///< none for a family that is not counted
-  std::optional<BenchFloor> floor = {};  ///< none without work or without ceilings
+  std::optional<Work> work = {};  ///< none where the test failed before
+  std::optional<BenchFloor> floor = {};  ///< none without ceilings
   std::string time = {};                 ///< when it was measured, UTC
   std::string error = {};                ///< why there are no seconds
 

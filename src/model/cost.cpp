@@ -1,35 +1,12 @@
 #include "model/cost.h"
 
 #include <algorithm>
-#include <string_view>
+
+#include "model/family.h"
 
 namespace krait {
 
 namespace {
-
-/// Per layer, D = d_model, E = d_inner, N = d_state, R = dt_rank, K = d_conv:
-///   in_proj D x 2E, x_proj E x (R + 2N), dt_proj R x E, out_proj E x D; convolution E x K and its
-///   bias, dt's bias, A E x N, D, norm D.
-ModelCounts count_mamba1(const ModelConfig& c) {
-  const int64_t D = c.d_model;
-  const int64_t E = c.d_inner;
-  const int64_t N = c.d_state;
-  const int64_t R = c.dt_rank;
-  ModelCounts n;
-  n.matrices = c.n_layer * (D * 2 * E + E * (R + 2 * N) + R * E + E * D);
-  n.small = c.n_layer * (E * c.d_conv + E + E + E * N + E + D);
-  n.ssm = c.n_layer * E * N;
-  return n;
-}
-
-struct FamilyCounts {
-  std::string_view family;
-  ModelCounts (*blocks)(const ModelConfig&);
-};
-constexpr FamilyCounts kFamilies[] = {
-    {"mamba1", count_mamba1},
-    {"falcon-mamba", count_mamba1},  // its norms of dt, B and C have no weights
-};
 
 double bytes_of(int64_t n, DType t) {
   return static_cast<double>(n) * static_cast<double>(itemsize(t));
@@ -57,15 +34,18 @@ double scan_flops(const ModelCounts& n, int64_t n_tok) {
 }  // namespace
 
 ModelCounts count_model(const ModelConfig& c) {
-  const auto* f = std::ranges::find(kFamilies, c.family, &FamilyCounts::family);
-  if (f == std::end(kFamilies)) {
-    throw Error(ErrorKind::unsupported,
-                fmt::format("the work of models of the family {} is not counted", c.family));
+  const Family& family = family_named(c.family);
+  ModelCounts n;
+  for (const TensorRow& t : family.tensors(c)) {
+    if (t.init == Init::absent) continue;
+    (t.role == Role::matrix ? n.matrices : n.small) += c.n_layer * t.shape.numel();
   }
-  ModelCounts n = f->blocks(c);
   n.small += c.d_model;  // the final norm
   n.head = c.vocab_rows * c.d_model;
   n.embedding = c.tie_embeddings ? 0 : n.head;
+  for (const TensorSpec& s : family.layer_state(c, DType::f32, DType::f32)) {
+    if (s.name == "ssm_state") n.ssm += c.n_layer * s.shape.numel();
+  }
   return n;
 }
 

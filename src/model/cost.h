@@ -2,7 +2,7 @@
 // measured time has a floor to be compared with. Each weight is read once a step, each state is
 // read and written once a step; activations are assumed to stay on the chip.
 //
-// A family is a line in cost.cpp.
+// The counts follow from the family's own tables of tensors and state.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ struct ModelCounts {
   [[nodiscard]] int64_t parameters() const { return matrices + small + head + embedding; }
 };
 
-/// Error unsupported: a family without counts. `config` has its vocab_rows.
+/// `config` has its vocab_rows. Biases of the projections, which no published model has, are not
+/// counted. Error unsupported: a family that is not built.
 [[nodiscard]] ModelCounts count_model(const ModelConfig& config);
 
 /// Bytes and flops of some steps.

@@ -33,7 +33,7 @@ struct Published {
   double batched[4];                  ///< tok/s at 8, 64, 256, 1024; bf16 weights, f32 state
   double prefill;                     ///< tok/s of a long prompt, matrix products alone
 };
-constexpr Published kPublished[] = {
+const Published kPublished[] = {
     {"130m",
      129.1,
      89.7,
@@ -94,6 +94,18 @@ constexpr Published kPublished[] = {
      1867,
      {4033, 21969, 41961, 54319},
      150080},
+    {"falcon-mamba-7b",
+     7272.7,
+     6727.7,
+     266.3,
+     28.025,
+     14.037,
+     39.8,
+     79.7,
+     39.8,
+     4706,
+     {1635, 10033, 22301, 32120},
+     58713},
 };
 
 TEST(Cost, PublishedShapes) {
