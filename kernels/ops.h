@@ -49,6 +49,21 @@ struct ScanInputs {
   Tensor dt_bias;  ///< f32 [d_inner]
 };
 
+/// Inputs of ssd_scan, in the letters of Dao & Gu 2024. H heads of P channels in G groups: head h
+/// uses B and C of group h / (H / G).
+struct SsdInputs {
+  Tensor x;         ///< T [n_tok, H * P] view   after convolution and SiLU
+  Tensor dt;        ///< T [n_tok, H] view       before bias and softplus
+  Tensor A;         ///< f32 [H]                 -exp(A_log), negative
+  Tensor B;         ///< T [n_tok, G * N] view   after convolution and SiLU
+  Tensor C;         ///< T [n_tok, G * N] view   after convolution and SiLU
+  Tensor D;         ///< f32 [H]
+  Tensor dt_bias;   ///< f32 [H]
+  int64_t n_group;  ///< G
+  float dt_min;     ///< limits of dt after softplus
+  float dt_max;
+};
+
 /// How one sequence samples; plain data, so that a device can hold an array of them (one per slot).
 /// Definitions and order are llama.cpp's: logit bias, penalties, top-k, typical, top-p, min-p,
 /// temperature, then a draw. Each filter works on the softmax of what the filters before it left.
@@ -125,10 +140,10 @@ class Ops {
   }
   virtual void synchronize() = 0;
 
-  /// Brings a weight (dense, in host memory) to the device as `dtype`: a view of the host memory
-  /// where that will do (CPU, same dtype, aligned), which must then stay as long as this object,
-  /// else a converted copy owned by this object, and `host` is read before the return. Returns at
-  /// once where it can; weights_ready() completes all.
+  /// Brings a weight (dense, host memory that stays mapped as long as this object) to the device as
+  /// `dtype`: a view of the host memory where that will do (CPU, same dtype, aligned), else a
+  /// converted copy owned by this object. Returns at once where it can; weights_ready() completes
+  /// all.
   [[nodiscard]] virtual Tensor import_weight(const Tensor& host, DType dtype) = 0;
   virtual void weights_ready() = 0;
 
@@ -175,6 +190,20 @@ class Ops {
   /// in.dt.
   virtual void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                               const Batch& batch) = 0;
+
+  /// The recurrence of Mamba-2 (Dao & Gu 2024), per head h, channel p and state n:
+  ///   dt = clamp(softplus(dt + dt_bias), dt_min, dt_max)
+  ///   S  = exp(dt * A) * S + dt * x * B                from S = ssm_state[slot], left there at the
+  ///   end y  = sum_n C * S + D * x
+  /// y T [n_tok, H * P], overlaps no input; ssm_state f32, bf16 or f16 [n_slot, H, P, N].
+  virtual void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                        const Batch& batch) = 0;
+
+  /// v = y * silu(z); out = v * rsqrt(mean(v^2) + eps) * weight, the mean over each of n_group
+  /// equal slices of a row by itself.  out, y T [n, d], z T [n, d] view, weight f32 [d]. out may be
+  /// y.
+  virtual void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z,
+                              const Tensor& weight, int64_t n_group, float eps) = 0;
 
   /// Samples one token for each row of logits f32 [n_seq, vocab_rows]; columns from `vocab` on are
   /// padding and never sampled. Row s belongs to slot[s] (i32 [n_seq]). Writes state.next_id[slot],

@@ -59,6 +59,18 @@ void FastOps::log_prob(const Tensor& logprob, const Tensor& best, const Tensor& 
   });
 }
 
+void FastOps::ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                       const Batch& batch) {
+  cpu::check_ssd_scan(y, in, ssm_state, batch);
+  cpu::ssd_scan(pool_, y, in, ssm_state, batch);
+}
+
+void FastOps::gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z,
+                             const Tensor& weight, int64_t n_group, float eps) {
+  cpu::check_gated_rms_norm(out, y, z, weight, n_group);
+  cpu::gated_rms_norm(pool_, out, y, z, weight, n_group, eps);
+}
+
 void FastOps::sort_keys(std::span<uint64_t> keys) const {
   const hwy::Sorter sort;
   sort(keys.data(), keys.size(), hwy::SortAscending());

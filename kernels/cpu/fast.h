@@ -25,6 +25,10 @@ class FastOps : public PlainOps {
                       const Batch& batch) override;
   void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,
                 const Tensor& target) override;
+  void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                const Batch& batch) override;
+  void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                      int64_t n_group, float eps) override;
 
  protected:
   void sort_keys(std::span<uint64_t> keys) const override;
@@ -45,6 +49,10 @@ void conv1d_silu(ThreadPool& pool, const Tensor& out, const Tensor& u, const Ten
                  const Tensor& bias, const Tensor& conv_state, const Batch& batch);
 void selective_scan(ThreadPool& pool, const Tensor& y, const ScanInputs& in,
                     const Tensor& ssm_state, const Batch& batch);
+void ssd_scan(ThreadPool& pool, const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+              const Batch& batch);
+void gated_rms_norm(ThreadPool& pool, const Tensor& out, const Tensor& y, const Tensor& z,
+                    const Tensor& weight, int64_t n_group, float eps);
 
 }  // namespace cpu
 }  // namespace krait

@@ -1,5 +1,6 @@
 #include "kernels/cpu/plain.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -158,6 +159,65 @@ void PlainOps::selective_scan(const Tensor& y, const ScanInputs& in, const Tenso
       }
     }
   });
+}
+
+void PlainOps::ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                        const Batch& batch) {
+  cpu::check_ssd_scan(y, in, ssm_state, batch);
+  const int64_t H = ssm_state.dim(1);
+  const int64_t P = ssm_state.dim(2);
+  const int64_t N = ssm_state.dim(3);
+  std::vector<float> S(static_cast<size_t>(N));
+  visit_dtype(ssm_state.dtype, "ssd_scan: ssm_state", [&](auto element) {
+    using State = decltype(element);
+    for (int64_t s = 0; s < batch.n_seq; ++s) {
+      const int32_t slot = batch.slot.as<int32_t>()[s];
+      if (slot < 0) continue;
+      const int64_t begin = batch.seq_start.as<int32_t>()[s];
+      const int64_t end = batch.seq_start.as<int32_t>()[s + 1];
+      for (int64_t e = 0; e < H * P; ++e) {
+        const int64_t h = e / P;
+        const int64_t g = h / (H / in.n_group);
+        State* state = ssm_state.as<State>() + (slot * H * P + e) * N;
+        for (int64_t n = 0; n < N; ++n) S[static_cast<size_t>(n)] = static_cast<float>(state[n]);
+        for (int64_t t = begin; t < end; ++t) {
+          const float x = at(in.x, t, e);
+          const float raw = softplus(at(in.dt, t, h) + in.dt_bias.as<float>()[h]);
+          const float dt = std::min(std::max(raw, in.dt_min), in.dt_max);
+          const float decay = std::exp(dt * in.A.as<float>()[h]);
+          float sum = 0;
+          for (int64_t n = 0; n < N; ++n) {
+            float& Sn = S[static_cast<size_t>(n)];
+            Sn = decay * Sn + dt * x * at(in.B, t, g * N + n);
+            sum += at(in.C, t, g * N + n) * Sn;
+          }
+          at(y, t, e) = sum + in.D.as<float>()[h] * x;
+        }
+        for (int64_t n = 0; n < N; ++n) state[n] = State(S[static_cast<size_t>(n)]);
+      }
+    }
+  });
+}
+
+void PlainOps::gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z,
+                              const Tensor& weight, int64_t n_group, float eps) {
+  cpu::check_gated_rms_norm(out, y, z, weight, n_group);
+  const int64_t width = y.dim(1) / n_group;
+  std::vector<float> v(static_cast<size_t>(width));
+  for (int64_t t = 0; t < y.dim(0); ++t) {
+    for (int64_t begin = 0; begin < y.dim(1); begin += width) {
+      float squares = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        float& vi = v[static_cast<size_t>(i)];
+        vi = at(y, t, begin + i) * silu(at(z, t, begin + i));
+        squares += vi * vi;
+      }
+      const float scale = 1.0F / std::sqrt(squares / static_cast<float>(width) + eps);
+      for (int64_t i = 0; i < width; ++i) {
+        at(out, t, begin + i) = v[static_cast<size_t>(i)] * scale * weight.as<float>()[begin + i];
+      }
+    }
+  }
 }
 
 }  // namespace krait

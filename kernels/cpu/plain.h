@@ -21,6 +21,10 @@ class PlainOps : public CpuOps {
                    const Tensor& conv_state, const Batch& batch) override;
   void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                       const Batch& batch) override;
+  void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                const Batch& batch) override;
+  void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                      int64_t n_group, float eps) override;
   void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
               int64_t n_seq) override;
   void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,

@@ -96,6 +96,43 @@ void check_selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& s
   check_batch(kVerb, batch);
 }
 
+void check_ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                    const Batch& batch) {
+  constexpr std::string_view kVerb = "ssd_scan";
+  const int64_t n_tok = batch.n_tok;
+  const int64_t n_head = dim(in.A, 0);
+  const int64_t head_dim = dim(ssm_state, 2);
+  const int64_t d_state = dim(ssm_state, 3);
+  check_dense(kVerb, "y", y, {n_tok, n_head * head_dim}, kF32);
+  check_tensor(kVerb, "x", in.x, {n_tok, n_head * head_dim}, kF32);
+  check_tensor(kVerb, "dt", in.dt, {n_tok, n_head}, kF32);
+  check_tensor(kVerb, "A", in.A, {n_head}, kF32);
+  check_tensor(kVerb, "B", in.B, {n_tok, in.n_group * d_state}, kF32);
+  check_tensor(kVerb, "C", in.C, {n_tok, in.n_group * d_state}, kF32);
+  check_tensor(kVerb, "D", in.D, {n_head}, kF32);
+  check_tensor(kVerb, "dt_bias", in.dt_bias, {n_head}, kF32);
+  check_dense(kVerb, "ssm_state", ssm_state, {dim(ssm_state, 0), n_head, head_dim, d_state},
+              kFloats);
+  if (in.n_group < 1 || n_head % in.n_group != 0) {
+    wrong_tensor(kVerb, "A", fmt::format("a multiple of {} heads", in.n_group), in.A);
+  }
+  check_batch(kVerb, batch);
+}
+
+void check_gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                          int64_t n_group) {
+  constexpr std::string_view kVerb = "gated_rms_norm";
+  const int64_t n = dim(y, 0);
+  const int64_t d = dim(y, 1);
+  check_dense(kVerb, "y", y, {n, d}, kF32);
+  check_dense(kVerb, "out", out, {n, d}, kF32);
+  check_tensor(kVerb, "z", z, {n, d}, kF32);
+  check_tensor(kVerb, "weight", weight, {d}, kF32);
+  if (n_group < 1 || d % n_group != 0) {
+    wrong_tensor(kVerb, "y", fmt::format("rows of {} equal slices", n_group), y);
+  }
+}
+
 void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
                   int64_t n_seq) {
   constexpr std::string_view kVerb = "sample";

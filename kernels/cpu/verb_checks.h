@@ -17,6 +17,10 @@ void check_conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight,
                        const Tensor& conv_state, const Batch& batch);
 void check_selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                           const Batch& batch);
+void check_ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                    const Batch& batch);
+void check_gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                          int64_t n_group);
 void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
                   int64_t n_seq);
 void check_log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, int64_t vocab,

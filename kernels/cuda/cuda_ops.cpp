@@ -167,6 +167,18 @@ class CudaOps final : public Ops {
       cuda::selective_scan(y, in, ssm_state, batch, stream_);
     }
   }
+  void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                const Batch& batch) override {
+    if (batch.max_len == 1) {
+      cuda::ssd_state_update(y, in, ssm_state, batch, stream_);
+    } else {
+      cuda::ssd_scan_steps(y, in, ssm_state, batch, stream_);
+    }
+  }
+  void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                      int64_t n_group, float eps) override {
+    cuda::gated_rms_norm(out, y, z, weight, n_group, eps, stream_);
+  }
   void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
               int64_t n_seq) override {
     cuda::sample(logits, vocab, state, slot, n_seq, mailbox_, stream_);

@@ -34,6 +34,16 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
 void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                             const Batch& batch, cudaStream_t stream);
 
+// mamba2_*.cu
+/// Any lengths, token after token.
+void ssd_scan_steps(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                    const Batch& batch, cudaStream_t stream);
+/// One token per sequence.
+void ssd_state_update(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                      const Batch& batch, cudaStream_t stream);
+void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
+                    int64_t n_group, float eps, cudaStream_t stream);
+
 /// Tokens on their way to the host. `ring` is pinned host memory that the device writes:
 /// kPosts x kMaxRows tokens; `posted` counts posts and is written last. `counters` (device): posts
 /// so far, and blocks of the running sample call that are done.
