@@ -139,11 +139,12 @@ bool starts_with(std::span<const std::byte> bytes, std::string_view magic) {
 
 std::unique_ptr<Checkpoint> open_folder(const fs::path& folder) {
   using Open = std::unique_ptr<Checkpoint> (*)(const fs::path&);
-  constexpr std::array<std::pair<const char*, Open>, 4> kKnown{{
+  constexpr std::array<std::pair<const char*, Open>, 5> kKnown{{
       {"model.safetensors", open_safetensors},
       {"model.safetensors.index.json", open_sharded},
       {"pytorch_model.bin", open_torch_bin},
       {"pytorch_model.bin.index.json", open_sharded},
+      {"consolidated.safetensors", open_safetensors},  // Mistral's layout
   }};
   std::error_code unreadable;
   for (const auto& [name, open] : kKnown) {
@@ -155,14 +156,11 @@ std::unique_ptr<Checkpoint> open_folder(const fs::path& folder) {
     if (it->path().extension() == ".gguf") {
       hint = fmt::format("For a GGUF file give its own path, e.g. {}.", it->path().string());
     }
-    if (it->path().filename() == "consolidated.safetensors") {
-      hint = "The folder has Mistral's consolidated.safetensors, whose names krait does not read.";
-    }
   }
   throw Error(ErrorKind::file,
               fmt::format("no checkpoint in the folder {}: looked for model.safetensors, "
-                          "model.safetensors.index.json, pytorch_model.bin and "
-                          "pytorch_model.bin.index.json",
+                          "model.safetensors.index.json, pytorch_model.bin, "
+                          "pytorch_model.bin.index.json and consolidated.safetensors",
                           folder.string()),
               hint);
 }

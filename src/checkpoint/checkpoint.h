@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "base/tensor.h"
-#include "checkpoint/tensor_writer.h"
 
 namespace krait {
 
@@ -50,9 +49,9 @@ class Checkpoint {
 };
 
 /// Opens `path`: a .safetensors, .bin or .gguf file, or a folder that holds model.safetensors,
-/// model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json (looked for in
-/// this order). Errors: file (missing), format (corrupt), unsupported (a format krait does not
-/// read).
+/// model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json or
+/// consolidated.safetensors (looked for in this order). Errors: file (missing), format (corrupt),
+/// unsupported (a format krait does not read).
 [[nodiscard]] std::unique_ptr<Checkpoint> open_checkpoint(const std::filesystem::path& path);
 
 /// One safetensors file (https://github.com/huggingface/safetensors, "Format").
@@ -69,6 +68,5 @@ class Checkpoint {
 /// left.
 void write_safetensors(const std::filesystem::path& file,
                        const std::vector<Checkpoint::Entry>& tensors);
-void write_safetensors(const std::filesystem::path& file, const std::vector<OutputTensor>& tensors);
 
 }  // namespace krait

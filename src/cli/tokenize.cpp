@@ -5,7 +5,6 @@
 
 #include "cli/command.h"
 #include "cli/console.h"
-#include "cli/gguf_vocabulary.h"
 #include "cli/json_out.h"
 #include "cli/model_source.h"
 
@@ -31,18 +30,11 @@ std::unique_ptr<Tokenizer> open(const ModelFlags& flags) {
   if (path.filename() == "tokenizer.json" || path.extension() == ".model") {
     return open_tokenizer(path);
   }
-  if (std::filesystem::is_directory(path, ec) &&
-      !std::filesystem::exists(path / "config.json", ec)) {
+  if (std::filesystem::is_directory(path, ec) && !std::filesystem::exists(config_file(path), ec)) {
     return open_tokenizer(path);
   }
   const ModelSource source = find_model(flags.model);
-  std::unique_ptr<Tokenizer> tokenizer;
-  if (source.gguf) {
-    const auto checkpoint = open_checkpoint(source.checkpoint);
-    tokenizer = gguf_tokenizer(*checkpoint->metadata());
-  } else {
-    tokenizer = find_tokenizer(source, read_config(source.folder / "config.json"), nullptr, {});
-  }
+  auto tokenizer = find_tokenizer(source, read_config(config_file(source.folder)), {});
   if (!tokenizer) {
     throw Error(ErrorKind::file, fmt::format("{} has no tokenizer", source.name),
                 "give one with --tokenizer PATH");

@@ -173,6 +173,13 @@ ModelConfig parse_config_text(std::string text, const std::string& where) {
   return parse_config(json, where);
 }
 
+std::filesystem::path config_file(const std::filesystem::path& folder) {
+  std::error_code ignored;
+  const bool mistral = !std::filesystem::exists(folder / "config.json", ignored) &&
+                       std::filesystem::exists(folder / "params.json", ignored);
+  return folder / (mistral ? "params.json" : "config.json");
+}
+
 ModelConfig read_config(const std::filesystem::path& file) {
   std::error_code error;
   const auto bytes = std::filesystem::file_size(file, error);

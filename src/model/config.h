@@ -65,6 +65,9 @@ inline constexpr ConfigSize kConfigSizes[] = {
 /// The same from the text of a config.json, which may use Python's Infinity and NaN.
 [[nodiscard]] ModelConfig parse_config_text(std::string text, const std::string& where);
 
+/// The config of a folder: config.json, or Mistral's params.json where there is no config.json.
+[[nodiscard]] std::filesystem::path config_file(const std::filesystem::path& folder);
+
 /// Reads and parses `file`.
 [[nodiscard]] ModelConfig read_config(const std::filesystem::path& file);
 

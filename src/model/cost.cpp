@@ -46,6 +46,7 @@ ModelCounts count_model(const ModelConfig& c) {
   for (const TensorSpec& s : family.layer_state(c, DType::f32, DType::f32)) {
     if (s.name == "ssm_state") n.ssm += c.n_layer * s.shape.numel();
   }
+  if (family.scan_products != nullptr) n.scan_products = family.scan_products(c);
   return n;
 }
 

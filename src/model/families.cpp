@@ -8,7 +8,7 @@ std::span<const Family> families() {
   static const std::array kFamilies{
       mamba1_family(),
       falcon_mamba_family(),
-      Family{"mamba2", "mamba2", "Mamba2", "Mamba-2"},
+      mamba2_family(),
       Family{"mamba3", "mamba3", "Mamba3", "Mamba-3"},
       Family{"jamba", "jamba", "", "Jamba"},
       Family{"zamba", "zamba", "", "Zamba"},

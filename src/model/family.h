@@ -51,6 +51,8 @@ struct Family {
   std::unique_ptr<Model> (*load)(const ModelConfig&, WeightLoader&) = nullptr;
   std::vector<TensorSpec> (*layer_state)(const ModelConfig&, DType activation, DType ssm) = nullptr;
   std::vector<TensorSpec> (*activations)(const ModelConfig&, DType activation) = nullptr;
+  /// Flops of a token in a prompt that are matrix products beside those with weights; null: none.
+  int64_t (*scan_products)(const ModelConfig&) = nullptr;
 };
 
 [[nodiscard]] std::span<const Family> families();
@@ -61,5 +63,6 @@ struct Family {
 // Each beside its equations.
 [[nodiscard]] Family mamba1_family();
 [[nodiscard]] Family falcon_mamba_family();
+[[nodiscard]] Family mamba2_family();
 
 }  // namespace krait

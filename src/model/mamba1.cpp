@@ -83,13 +83,25 @@ std::vector<TensorSpec> activations(const ModelConfig& c, DType activation) {
 }  // namespace
 
 Family mamba1_family() {
-  return {"mamba1",       "mamba", "Mamba1",    "Mamba-1",  read_mamba1_config,
-          mamba1_tensors, load,    layer_state, activations};
+  return {.name = "mamba1",
+          .model_type = "mamba",
+          .ssm_layer = "Mamba1",
+          .title = "Mamba-1",
+          .read_config = read_mamba1_config,
+          .tensors = mamba1_tensors,
+          .load = load,
+          .layer_state = layer_state,
+          .activations = activations};
 }
 
 Family falcon_mamba_family() {
-  return {"falcon-mamba", "falcon_mamba", "",          "Falcon-Mamba", read_falcon_mamba_config,
-          mamba1_tensors, load,           layer_state, activations};
+  Family f = mamba1_family();
+  f.name = "falcon-mamba";
+  f.model_type = "falcon_mamba";
+  f.ssm_layer = "";
+  f.title = "Falcon-Mamba";
+  f.read_config = read_falcon_mamba_config;
+  return f;
 }
 
 }  // namespace krait

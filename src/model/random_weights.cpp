@@ -20,6 +20,7 @@ struct PublishedShape {
   int64_t vocab_size;
   int64_t vocab_rows;
   bool tied;
+  int64_t n_group = 0;
 };
 constexpr PublishedShape kPublished[] = {
     {"130m", "mamba1", 24, 768, 50277, 50280, true},
@@ -28,6 +29,12 @@ constexpr PublishedShape kPublished[] = {
     {"1.4b", "mamba1", 48, 2048, 50277, 50280, true},
     {"2.8b", "mamba1", 64, 2560, 50277, 50280, true},
     {"falcon-mamba-7b", "falcon-mamba", 64, 4096, 65024, 65024, false},
+    {"mamba2-130m", "mamba2", 24, 768, 50277, 50288, true, 1},
+    {"mamba2-370m", "mamba2", 48, 1024, 50277, 50288, true, 1},
+    {"mamba2-780m", "mamba2", 48, 1536, 50277, 50288, true, 1},
+    {"mamba2-1.3b", "mamba2", 48, 2048, 50277, 50288, true, 1},
+    {"mamba2-2.7b", "mamba2", 64, 2560, 50277, 50288, true, 1},
+    {"codestral-mamba-7b", "mamba2", 64, 4096, 32768, 32768, false, 8},
 };
 
 /// SplitMix64 (Steele, Lea, Flood 2014): value i of stream `seed`, uniform in [0, 1).
@@ -198,9 +205,17 @@ ModelConfig published_config(std::string_view name) {
       c.tie_embeddings = p.tied;
       c.d_inner = 2 * p.d_model;
       c.d_conv = 4;
-      c.d_state = 16;
-      c.dt_rank = p.d_model / 16;
-      if (p.family == "falcon-mamba") c.mixer_norm_eps = 1e-6F;
+      if (p.family == "mamba2") {
+        c.d_state = 128;
+        c.head_dim = 64;
+        c.n_head = c.d_inner / c.head_dim;
+        c.n_group = p.n_group;
+        c.mixer_norm_eps = 1e-5F;
+      } else {
+        c.d_state = 16;
+        c.dt_rank = p.d_model / 16;
+        if (p.family == "falcon-mamba") c.mixer_norm_eps = 1e-6F;
+      }
       c.eos_ids = {0};
       return c;
     }

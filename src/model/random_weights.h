@@ -12,7 +12,8 @@
 namespace krait {
 
 /// The shape of a published model: state-spaces/mamba-NAME by its size ("130m", ... "2.8b"), others
-/// by their names ("falcon-mamba-7b"). Error usage: any other name, with those that are known.
+/// by their names ("falcon-mamba-7b", "mamba2-2.7b", "codestral-mamba-7b"). Error usage: any other
+/// name, with those that are known.
 [[nodiscard]] ModelConfig published_config(std::string_view name);
 
 enum class RandomMemory {

@@ -93,17 +93,17 @@ TEST(ModelErrors, WhereItIs) {
   write_file(dir.path() / "config.json", read_file(tiny() + "/config.json"));
   expect_error(run_model(dir.path()), 3, "");  // no weights
   write_file(dir.path() / "model.gguf", "GGUF");
-  expect_error(run_model(dir.path() / "model.gguf"), 3, "model.gguf");
+  expect_error(run_model(dir.path() / "model.gguf"), 4, "GGUF");
   write_file(dir.path() / "notes.txt", "text");
   expect_error(run_model(dir.path() / "notes.txt"), 4,
-               "expected a folder, a .safetensors, .bin or .gguf");
+               "expected a folder, a .safetensors or a .bin");
 }
 
 TEST(ModelErrors, Architecture) {
   const ScratchDir dir;
   const fs::path model = copy_model(dir);
   Json config = Json::parse(read_file(model / "config.json"));
-  for (const char* type : {"mamba3", "llama", "jamba"}) {
+  for (const char* type : {"mamba3", "zamba2", "llama", "jamba"}) {
     config["model_type"] = type;
     write_file(model / "config.json", config.dump());
     expect_error(run_model(model), 4, "config.json");

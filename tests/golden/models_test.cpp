@@ -13,12 +13,15 @@ namespace {
 
 // Design, section 4: the largest logit error in f32, in standard deviations of the logits.
 constexpr double kLimit = 1e-4;
+// For answers of kernels that round the factors of their products to tf32, as Triton's do.
+constexpr double kTf32Limit = 1e-2;
 
 constexpr size_t kPromptLengths[] = {1, 2, 3, 4, 5, 17, 64, 130, 257, 600};
 
 struct Case {
   const char* folder;
   Backend backend;
+  double limit;
 };
 void PrintTo(const Case& c, std::ostream* out) { *out << c.folder << " on " << c.backend.name; }
 
@@ -27,7 +30,7 @@ class Golden : public ::testing::TestWithParam<Case> {
   void SetUp() override {
     const auto folder = data_dir() / "golden" / "models" / GetParam().folder;
     expected_ = open_safetensors(folder / "expected.safetensors");
-    config_ = read_config(folder / "config.json");
+    config_ = read_config(config_file(folder));
     model_ = load(GetParam().backend, config_, open_checkpoint(folder));
     config_ = model_.model->config();
   }
@@ -56,16 +59,16 @@ class Golden : public ::testing::TestWithParam<Case> {
     got = got.last(rows * vocab);
     for (size_t r = 0; r < rows; ++r) {
       const auto row = std::span(want.as<float>() + r * columns, vocab);
-      const auto result = near_std(got.subspan(r * vocab, vocab), row, kLimit);
+      const auto result = near_std(got.subspan(r * vocab, vocab), row, GetParam().limit);
       EXPECT_TRUE(result) << what << ", prompt of " << prompt_length << ", row " << r << " of "
                           << rows;
       const Comparison c = compare(got.subspan(r * vocab, vocab), row);
-      worst_ = std::max(worst_, c.max_abs / c.want_std / kLimit);
+      worst_ = std::max(worst_, c.max_abs / c.want_std / GetParam().limit);
     }
   }
 
   void TearDown() override {
-    if (worst_ > 0) std::printf("used %.3g of the limit %.1e\n", worst_, kLimit);
+    if (worst_ > 0) std::printf("used %.3g of the limit %.1e\n", worst_, GetParam().limit);
   }
 
   std::unique_ptr<Checkpoint> expected_;
@@ -84,8 +87,13 @@ TEST_P(Golden, LogitsOfEveryPromptLength) {
 }
 
 TEST_P(Golden, GreedyTokensAreEqual) {
-  const auto want = ids("greedy_17");
+  auto want = ids("greedy_17");
   ASSERT_EQ(want.size(), 48U);
+  // mamba_ssm draws from the rows of padding too, which krait never does: there the texts part.
+  const auto padding =
+      std::find_if(want.begin(), want.end(), [&](int32_t id) { return id >= config_.vocab_size; });
+  want.erase(padding, want.end());
+  ASSERT_GE(want.size(), 24U);
   Engine e = engine();
   e.open(0, greedy());
   EXPECT_EQ(generate(e, 0, ids("prompt_17"), want.size()), want);
@@ -141,10 +149,10 @@ TEST_P(Golden, SixteenBitWeightsByDivergence) {
   }
 }
 
-std::vector<Case> cases(std::initializer_list<const char*> folders) {
+std::vector<Case> cases(std::initializer_list<const char*> folders, double limit = kLimit) {
   std::vector<Case> all;
   for (const char* folder : folders) {
-    for (const Backend& b : kBackends) all.push_back({folder, b});
+    for (const Backend& b : kBackends) all.push_back({folder, b, limit});
   }
   return all;
 }
@@ -161,6 +169,13 @@ INSTANTIATE_TEST_SUITE_P(Mamba1, Golden,
                                                     "mamba1-neox-vocab"})),
                          case_name);
 INSTANTIATE_TEST_SUITE_P(FalconMamba, Golden, ::testing::ValuesIn(cases({"falcon-mamba-hf"})),
+                         case_name);
+INSTANTIATE_TEST_SUITE_P(Mamba2, Golden,
+                         ::testing::ValuesIn(cases({"mamba2-hf", "mamba2-hf-groups",
+                                                    "mamba2-codestral-tiny"})),
+                         case_name);
+INSTANTIATE_TEST_SUITE_P(Mamba2Tf32, Golden,
+                         ::testing::ValuesIn(cases({"mamba2-original-bin"}, kTf32Limit)),
                          case_name);
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "model/random_weights.h"
@@ -97,10 +98,103 @@ TEST(Config, FalconMamba) {
       throws(ErrorKind::format, "mixer_rms_eps", [&] { (void)parse_with(j, "mixer_rms_eps", 0); }));
 }
 
+json mamba2() {
+  return json::parse(R"({"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 3,
+    "vocab_size": 512, "state_size": 32, "conv_kernel": 4, "expand": 2, "num_heads": 8,
+    "head_dim": 16, "n_groups": 4, "layer_norm_epsilon": 1e-04, "time_step_limit": [0.0, null]})");
+}
+
+TEST(Config, Mamba2) {
+  const ModelConfig c = parse(mamba2());
+  EXPECT_EQ(c.family, "mamba2");
+  EXPECT_EQ(c.d_inner, 128);
+  EXPECT_EQ(c.d_state, 32);
+  EXPECT_EQ(c.n_head, 8);
+  EXPECT_EQ(c.head_dim, 16);
+  EXPECT_EQ(c.n_group, 4);
+  EXPECT_EQ(c.dt_rank, 0);
+  EXPECT_FLOAT_EQ(c.mixer_norm_eps, 1e-4F);
+  EXPECT_EQ(c.dt_min, 0.0F);
+  EXPECT_TRUE(std::isinf(c.dt_max));
+}
+
+TEST(Config, Mamba2DefaultsDependOnTheWorld) {
+  const ModelConfig original =
+      parse_with(state_spaces(), "ssm_cfg", {{"layer", "Mamba2"}, {"headdim", 32}});
+  EXPECT_EQ(original.family, "mamba2");
+  EXPECT_EQ(original.d_inner, 1536);
+  EXPECT_EQ(original.d_state, 128);
+  EXPECT_EQ(original.n_head, 48);
+  EXPECT_EQ(original.n_group, 1);
+  EXPECT_FLOAT_EQ(original.mixer_norm_eps, 1e-5F);
+  json j = mamba2();  // transformers' class describes Codestral
+  j["hidden_size"] = 4096;
+  for (const char* key : {"state_size", "num_heads", "head_dim", "n_groups"}) j.erase(key);
+  const ModelConfig c = parse(j);
+  EXPECT_EQ(c.d_state, 128);
+  EXPECT_EQ(c.n_head, 128);
+  EXPECT_EQ(c.n_group, 8);
+}
+
+TEST(Config, MistralsParams) {
+  const json params = json::parse(R"({"dim": 4096, "n_layers": 64, "vocab_size": 32768,
+    "n_groups": 8, "rms_norm": true, "residual_in_fp32": true, "fused_add_norm": true,
+    "pad_vocab_size_multiple": 1, "tie_embeddings": false, "model_type": "mamba"})");
+  const ModelConfig c = parse(params);
+  EXPECT_EQ(c.family, "mamba2");
+  EXPECT_EQ(c.layout, "mistral");
+  EXPECT_EQ(c.d_model, 4096);
+  EXPECT_EQ(c.n_layer, 64);
+  EXPECT_EQ(c.d_inner, 8192);
+  EXPECT_EQ(c.n_head, 128);
+  EXPECT_EQ(c.n_group, 8);
+  EXPECT_EQ(c.d_state, 128);
+  EXPECT_EQ(c.d_conv, 4);
+  EXPECT_FALSE(c.tie_embeddings);
+  // Mistral's other models use the same keys.
+  EXPECT_TRUE(throws(ErrorKind::unsupported, "transformer",
+                     [&] { (void)parse_with(params, "model_type", "transformer"); }));
+  json none = params;
+  none.erase("model_type");
+  EXPECT_TRUE(throws(ErrorKind::unsupported, "model_type", [&] { (void)parse(none); }));
+}
+
+TEST(Config, Mamba2LimitsOfDt) {
+  const auto limit = [](json pair) {
+    return parse_with(mamba2(), "time_step_limit", std::move(pair));
+  };
+  EXPECT_FLOAT_EQ(limit({0.001, 0.5}).dt_min, 0.001F);
+  EXPECT_FLOAT_EQ(limit({0.001, 0.5}).dt_max, 0.5F);
+  EXPECT_TRUE(std::isinf(limit({0.0, {{"__float__", "Infinity"}}}).dt_max));
+  for (const json& bad :
+       {json(1), json::array({0.0}), json::array({-1, 1}), json::array({2, 1}),
+        json::array({"a", 1}), json::array({nullptr, 1}), json::array({0, {{"__float__", 7}}})}) {
+    EXPECT_TRUE(throws(ErrorKind::format, "time_step_limit", [&] { (void)limit(bad); })) << bad;
+  }
+}
+
+TEST(Config, Mamba2SizesThatDoNotDivide) {
+  for (const auto& [key, bad] : {std::pair{"head_dim", 24}, {"num_heads", 16}, {"n_groups", 3}}) {
+    EXPECT_TRUE(throws(ErrorKind::format, key, [&, k = key, b = bad] {
+      (void)parse_with(mamba2(), k, b);
+    })) << key;
+  }
+  for (const auto& [key, bad] : {std::pair{"D_has_hdim", json(true)},
+                                 {"rmsnorm", json(false)},
+                                 {"norm_before_gate", json(true)},
+                                 {"d_ssm", json(768)}}) {
+    EXPECT_TRUE(throws(ErrorKind::unsupported, key, [&, k = key, b = bad] {
+      (void)parse_with(state_spaces(), "ssm_cfg", {{"layer", "Mamba2"}, {k, b}});
+    })) << key;
+  }
+}
+
 TEST(Config, PublishedShapesAreThoseOfTheTable) {
   EXPECT_EQ(published_config("130m").dt_rank, 48);
   EXPECT_EQ(published_config("2.8b").d_inner, 5120);
   EXPECT_EQ(published_config("2.8b").n_layer, 64);
+  EXPECT_EQ(published_config("mamba2-2.7b").n_head, 80);
+  EXPECT_EQ(published_config("codestral-mamba-7b").n_group, 8);
   EXPECT_TRUE(throws(ErrorKind::usage, "3b", [] { (void)published_config("3b"); }));
 }
 
@@ -194,22 +288,21 @@ TEST(Config, RequiredKeysAreNamed) {
 
 TEST(Config, OtherFamiliesAreRefusedByName) {
   const std::pair<const char*, const char*> families[] = {
-      {"mamba2", "Mamba-2"},        {"jamba", "Jamba"},         {"zamba2", "Zamba2"},
+      {"mamba3", "Mamba-3"},        {"jamba", "Jamba"},         {"zamba2", "Zamba2"},
       {"nemotron_h", "Nemotron-H"}, {"falcon_h1", "Falcon-H1"}, {"llama", "\"llama\" is unknown"}};
   for (const auto& [type, name] : families) {
     EXPECT_TRUE(throws(ErrorKind::unsupported, name, [&] {
       (void)parse_with(hugging_face(), "model_type", type);
     })) << type;
   }
-  for (const auto& [layer, name] :
-       {std::pair{"Mamba2", "Mamba-2"}, {"Mamba3", "Mamba-3"}, {"Mamba9", "Mamba9"}}) {
+  for (const auto& [layer, name] : {std::pair{"Mamba3", "Mamba-3"}, {"Mamba9", "Mamba9"}}) {
     EXPECT_TRUE(throws(ErrorKind::unsupported, name, [&] {
       (void)parse_with(state_spaces(), "ssm_cfg", {{"layer", layer}});
     })) << layer;
   }
-  // Mistral's files of Mamba-2 say model_type "mamba".
-  EXPECT_TRUE(throws(ErrorKind::unsupported, "Mamba-2", [] {
-    (void)parse_with(hugging_face(), "ssm_cfg", {{"layer", "Mamba2"}});
+  // Both names: the layer's is the more exact.
+  EXPECT_TRUE(throws(ErrorKind::unsupported, "Mamba-3", [] {
+    (void)parse_with(hugging_face(), "ssm_cfg", {{"layer", "Mamba3"}});
   }));
 }
 
