@@ -140,10 +140,10 @@ class Ops {
   }
   virtual void synchronize() = 0;
 
-  /// Brings a weight (dense, host memory that stays mapped as long as this object) to the device as
-  /// `dtype`: a view of the host memory where that will do (CPU, same dtype, aligned), else a
-  /// converted copy owned by this object. Returns at once where it can; weights_ready() completes
-  /// all.
+  /// Brings a weight (dense, in host memory) to the device as `dtype`: a view of the host memory
+  /// where that will do (CPU, same dtype, aligned), which must then stay as long as this object,
+  /// else a converted copy owned by this object, and `host` is read before the return. Returns at
+  /// once where it can; weights_ready() completes all.
   [[nodiscard]] virtual Tensor import_weight(const Tensor& host, DType dtype) = 0;
   virtual void weights_ready() = 0;
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "checkpoint/tensor_writer.h"
 
 namespace krait {
 
@@ -68,5 +69,6 @@ class Checkpoint {
 /// left.
 void write_safetensors(const std::filesystem::path& file,
                        const std::vector<Checkpoint::Entry>& tensors);
+void write_safetensors(const std::filesystem::path& file, const std::vector<OutputTensor>& tensors);
 
 }  // namespace krait

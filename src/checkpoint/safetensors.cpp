@@ -244,35 +244,51 @@ ParsedTensors parse_safetensors(std::span<const std::byte> file, const std::stri
 
 void write_safetensors(const std::filesystem::path& file,
                        const std::vector<Checkpoint::Entry>& tensors) {
-  const auto refuse = [&](const Checkpoint::Entry& t, const char* why) {
+  std::vector<OutputTensor> out;
+  out.reserve(tensors.size());
+  for (const Checkpoint::Entry& e : tensors) {
+    const Tensor& t = e.tensor;
+    if (!t.dense()) {
+      throw Error(ErrorKind::runtime, fmt::format("cannot write {}: the tensor {} is not dense",
+                                                  file.string(), printable(e.name)));
+    }
+    out.push_back({e.name, t.dtype, t.shape, [t](const OutputTensor::Sink& sink) {
+                     sink({static_cast<const std::byte*>(t.data), t.bytes()});
+                   }});
+  }
+  write_safetensors(file, out);
+}
+
+void write_safetensors(const std::filesystem::path& file,
+                       const std::vector<OutputTensor>& tensors) {
+  const auto refuse = [&](const OutputTensor& t, const char* why) {
     throw Error(ErrorKind::runtime, fmt::format("cannot write {}: the tensor {} {}", file.string(),
                                                 printable(t.name), why));
   };
-  std::vector<const Checkpoint::Entry*> order;
+  std::vector<const OutputTensor*> order;
   order.reserve(tensors.size());
   for (const auto& t : tensors) order.push_back(&t);
   std::sort(order.begin(), order.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
   for (size_t i = 0; i < order.size(); ++i) {
-    if (!order[i]->tensor.dense()) refuse(*order[i], "is not dense");
     if (order[i]->name == kMetadata) refuse(*order[i], "has a reserved name");
     if (i > 0 && order[i]->name == order[i - 1]->name) refuse(*order[i], "occurs twice");
   }
   // As the reference writes: wider types first, so that every tensor is aligned, then by name.
   std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
-    return itemsize(a->tensor.dtype) > itemsize(b->tensor.dtype);
+    return itemsize(a->dtype) > itemsize(b->dtype);
   });
   // "pt" is what Hugging Face's loader insists on finding here.
   std::string json = R"({"__metadata__":{"format":"pt"})";
   int64_t end = 0;
   for (const auto* t : order) {
     const int64_t begin = end;
-    end += static_cast<int64_t>(t->tensor.bytes());
+    end += static_cast<int64_t>(t->bytes());
     std::vector<int64_t> dims;
     dims.reserve(Shape::kMaxRank);
-    for (int i = 0; i < t->tensor.shape.rank(); ++i) dims.push_back(t->tensor.dim(i));
+    for (int i = 0; i < t->shape.rank(); ++i) dims.push_back(t->shape[i]);
     const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes),
-                                    [&](const TypeName& n) { return n.dtype == t->tensor.dtype; });
+                                    [&](const TypeName& n) { return n.dtype == t->dtype; });
     const nlohmann::ordered_json info = {
         {"dtype", type->name}, {"shape", dims}, {"data_offsets", {begin, end}}};
     // A name that is not UTF-8 cannot stand in JSON: its bad bytes are replaced.
@@ -288,9 +304,7 @@ void write_safetensors(const std::filesystem::path& file,
   const uint64_t n = json.size();
   out.write(std::as_bytes(std::span(&n, 1)));
   out.write(std::as_bytes(std::span(json)));
-  for (const auto* t : order) {
-    out.write({static_cast<const std::byte*>(t->tensor.data), t->tensor.bytes()});
-  }
+  for (const auto* t : order) write_tensor(*t, out);
   out.commit();
 }
 

@@ -50,9 +50,9 @@ int parse_and_run(int argc, char** argv) {
 
   CommonFlags common;
   const std::vector<Command> commands{
-      add_run_command(app, common), add_tokenize_command(app, common),
-      add_logits_command(app, common), add_inspect_command(app, common),
-      add_bench_command(app, common)};
+      add_run_command(app, common),     add_tokenize_command(app, common),
+      add_logits_command(app, common),  add_inspect_command(app, common),
+      add_convert_command(app, common), add_bench_command(app, common)};
 
   try {
     app.parse(words(argc, argv));
@@ -67,7 +67,8 @@ int parse_and_run(int argc, char** argv) {
     const std::vector<CLI::App*> chosen = app.get_subcommands();
     const std::string name = chosen.empty() ? "krait" : "krait " + chosen.front()->get_name();
     std::string message = one_line(e.what());
-    if (argc < 2) message = "a command is expected: run, tokenize, logits, inspect or bench";
+    if (argc < 2)
+      message = "a command is expected: run, tokenize, logits, inspect, convert or bench";
     return report(exit_code(ErrorKind::usage), message, name + " --help lists what there is");
   }
 

@@ -19,6 +19,7 @@ inline constexpr int kExitInterrupted = 130;
 [[nodiscard]] Command add_tokenize_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_logits_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_inspect_command(CLI::App& app, CommonFlags& common);
+[[nodiscard]] Command add_convert_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_bench_command(CLI::App& app, CommonFlags& common);
 
 }  // namespace krait

@@ -77,13 +77,14 @@ int inspect(const InspectFlags& flags) {
   }
   const ModelSource source =
       find_model(flags.positional.empty() ? flags.model.model : flags.positional);
-  const ModelConfig config = read_config(config_file(source.folder));
   const auto checkpoint = open_checkpoint(source.checkpoint);
+  const ModelConfig config = read_config(source, *checkpoint);
   // The plain CPU backend uses weights where the file is mapped, so counting them reads next to
   // nothing; the device itself only says how it would compute.
   const auto host = make_cpu_ops(1, /*fast=*/false);
   const auto model = load_model(config, *checkpoint, *host, flags.device.weight_dtype());
-  const auto tokenizer = find_tokenizer(source, model->config(), flags.model.tokenizer);
+  const auto tokenizer =
+      find_tokenizer(source, model->config(), checkpoint->metadata(), flags.model.tokenizer);
   const Costs c = count(*model, *open_device(flags.device), flags);
   const auto n = static_cast<size_t>(flags.batch);
   const EngineMemory& m = c.memory;
@@ -108,9 +109,10 @@ int inspect(const InspectFlags& flags) {
     j["tensors"] = OrderedJson::array();
     for (const Checkpoint::Entry& e : checkpoint->entries()) {
       OrderedJson shape = OrderedJson::array();
-      for (int i = 0; i < e.tensor.shape.rank(); ++i) shape.push_back(e.tensor.shape[i]);
+      const Shape dims = e.shape();
+      for (int i = 0; i < dims.rank(); ++i) shape.push_back(dims[i]);
       j["tensors"].push_back({{"name", e.name},
-                              {"dtype", dtype_name(e.tensor.dtype)},
+                              {"dtype", e.type_name()},
                               {"shape", shape},
                               {"bytes", e.tensor.bytes()},
                               {"file", e.file}});
@@ -146,8 +148,8 @@ int inspect(const InspectFlags& flags) {
   out += fmt::format("\n  {:<{}}  {:<5}  {:<20}  {:>10}\n", "tensor", width, "dtype", "shape",
                      "bytes");
   for (const auto& e : checkpoint->entries()) {
-    out += fmt::format("  {:<{}}  {:<5}  {:<20}  {:>10}\n", e.name, width,
-                       dtype_name(e.tensor.dtype), dims(e.tensor.shape), e.tensor.bytes());
+    out += fmt::format("  {:<{}}  {:<5}  {:<20}  {:>10}\n", e.name, width, e.type_name(),
+                       dims(e.shape()), e.tensor.bytes());
   }
   write_stdout(out);
   return 0;

@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "base/error.h"
+#include "cli/gguf_vocabulary.h"
 #include "cli/version.h"
+#include "model/gguf.h"
 
 namespace krait {
 
@@ -116,15 +118,12 @@ ModelSource find_model(const std::string& model) {
   if (is_folder(path)) return require_config({model, path, path});
   if (is_there(path)) {
     const std::string extension = path.extension().string();
-    if (extension == ".gguf") {
-      throw Error(ErrorKind::unsupported, fmt::format("{}: GGUF files are not read yet", model),
-                  "use the model's safetensors or PyTorch files");
-    }
+    const fs::path folder = path.parent_path().empty() ? fs::path(".") : path.parent_path();
+    if (extension == ".gguf") return {model, folder, path, true};
     if (extension != ".safetensors" && extension != ".bin") {
       throw Error(ErrorKind::unsupported,
-                  fmt::format("{}: expected a folder, a .safetensors or a .bin file", model));
+                  fmt::format("{}: expected a folder, a .safetensors, .bin or .gguf file", model));
     }
-    const fs::path folder = path.parent_path().empty() ? fs::path(".") : path.parent_path();
     return require_config({model, folder, path});
   }
   if (looks_like_hub_name(model)) {
@@ -139,21 +138,36 @@ ModelSource find_model(const std::string& model) {
   throw Error(ErrorKind::file, fmt::format("{}: no such file or folder", model));
 }
 
+ModelConfig read_config(const ModelSource& source, const Checkpoint& checkpoint) {
+  return source.gguf ? gguf_config(checkpoint) : read_config(config_file(source.folder));
+}
+
+GenerationConfig read_generation_config(const ModelSource& source) {
+  return source.gguf ? GenerationConfig{} : read_generation_config(source.folder);
+}
+
+std::optional<fs::path> find_tokenizer_path(const ModelSource& source, const ModelConfig& config,
+                                            const std::string& flag) {
+  if (!flag.empty()) return find_tokenizer_file(flag);
+  if (source.gguf) return std::nullopt;
+  if (has_tokenizer(source.folder)) return find_tokenizer_file(source.folder);
+  if (config.layout != "state-spaces") return std::nullopt;
+  fs::path neox = shipped_models() / "gpt-neox-20b" / "tokenizer.json";
+  if (!is_there(neox)) return std::nullopt;
+  const int64_t padding = config.vocab_size - open_tokenizer(neox)->vocab_size();
+  if (padding < 0 || padding > kLargestPadding) return std::nullopt;
+  spdlog::info("{} has no tokenizer: using GPT-NeoX-20B's, as the state-spaces models do",
+               source.name);
+  return neox;
+}
+
 std::unique_ptr<Tokenizer> find_tokenizer(const ModelSource& source, const ModelConfig& config,
-                                          const std::string& flag) {
+                                          const GgufMetadata* metadata, const std::string& flag) {
   std::unique_ptr<Tokenizer> tokenizer;
-  if (!flag.empty()) {
-    tokenizer = open_tokenizer(flag);
-  } else if (has_tokenizer(source.folder)) {
-    tokenizer = open_tokenizer(source.folder);
-  } else if (config.layout == "state-spaces") {
-    const fs::path neox = shipped_models() / "gpt-neox-20b" / "tokenizer.json";
-    if (!is_there(neox)) return nullptr;
-    tokenizer = open_tokenizer(neox);
-    const int64_t padding = config.vocab_size - tokenizer->vocab_size();
-    if (padding < 0 || padding > kLargestPadding) return nullptr;
-    spdlog::info("{} has no tokenizer: using GPT-NeoX-20B's, as the state-spaces models do",
-                 source.name);
+  if (const auto path = find_tokenizer_path(source, config, flag)) {
+    tokenizer = open_tokenizer(*path);
+  } else if (metadata != nullptr) {
+    tokenizer = gguf_tokenizer(*metadata);
   }
   if (tokenizer && tokenizer->vocab_size() > config.vocab_size) {
     spdlog::warn(

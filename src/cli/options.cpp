@@ -58,13 +58,13 @@ void require_range(const std::optional<T>& value, const char* flag, T least, T m
   if (value) require(*value >= least && *value <= most, flag, expected, fmt::to_string(*value));
 }
 
+}  // namespace
+
 DType parse_dtype(const std::string& name) {
   if (name == "bf16" || name == "bfloat16") return DType::bf16;
   if (name == "f16" || name == "float16" || name == "half") return DType::f16;
   return DType::f32;
 }
-
-}  // namespace
 
 CLI::Option* with_env(CLI::Option* option) { return option->envname(environment_name(*option)); }
 
@@ -100,10 +100,10 @@ void apply_common_flags(const CommonFlags& flags) {
 // ---- model and device -------------------------------------------------------------------------
 
 void add_model_flags(CLI::App& app, ModelFlags& flags) {
-  with_env(
-      app.add_option("-m,--model", flags.model,
-                     "Folder, .safetensors or .bin file, or org/name in the Hugging Face cache "
-                     "(default: the model that ships with krait)"))
+  with_env(app.add_option(
+               "-m,--model", flags.model,
+               "Folder, .safetensors, .bin or .gguf file, or org/name in the Hugging Face cache "
+               "(default: the model that ships with krait)"))
       ->type_name("MODEL")
       ->group(kModelGroup);
   with_env(

@@ -38,6 +38,9 @@ struct ModelFlags {
 };
 void add_model_flags(CLI::App& app, ModelFlags& flags);
 
+/// A name that --dtype takes, other than auto.
+[[nodiscard]] DType parse_dtype(const std::string& name);
+
 struct DeviceFlags {
   std::string device = "auto";
   std::string dtype = "auto";

@@ -39,16 +39,17 @@ Session open_session(const ModelFlags& model, const DeviceFlags& device,
   const auto start = std::chrono::steady_clock::now();
   Session s;
   s.source = find_model(model.model);
-  const ModelConfig config = read_config(config_file(s.source.folder));
-  s.generation = read_generation_config(s.source.folder);
   s.checkpoint = open_checkpoint(s.source.checkpoint);
+  const ModelConfig config = read_config(s.source, *s.checkpoint);
+  s.generation = read_generation_config(s.source);
   s.ops = open_device(device);
   {
     ProgressBar bar("loading", !common.quiet);
     s.model = load_model(config, *s.checkpoint, *s.ops, device.weight_dtype(),
                          [&](size_t done, size_t total) { bar.update(done, total); });
   }
-  s.tokenizer = find_tokenizer(s.source, s.model->config(), model.tokenizer);
+  s.tokenizer =
+      find_tokenizer(s.source, s.model->config(), s.checkpoint->metadata(), model.tokenizer);
   s.load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   spdlog::debug("{}: {}, {} parameters, {} on {}, {}; loaded in {:.2f} s", s.source.name,
                 s.model->config().family, s.model->parameter_count(),

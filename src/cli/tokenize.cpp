@@ -5,6 +5,7 @@
 
 #include "cli/command.h"
 #include "cli/console.h"
+#include "cli/gguf_vocabulary.h"
 #include "cli/json_out.h"
 #include "cli/model_source.h"
 
@@ -34,7 +35,13 @@ std::unique_ptr<Tokenizer> open(const ModelFlags& flags) {
     return open_tokenizer(path);
   }
   const ModelSource source = find_model(flags.model);
-  auto tokenizer = find_tokenizer(source, read_config(config_file(source.folder)), {});
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (source.gguf) {
+    const auto checkpoint = open_checkpoint(source.checkpoint);
+    tokenizer = gguf_tokenizer(*checkpoint->metadata());
+  } else {
+    tokenizer = find_tokenizer(source, read_config(config_file(source.folder)), nullptr, {});
+  }
   if (!tokenizer) {
     throw Error(ErrorKind::file, fmt::format("{} has no tokenizer", source.name),
                 "give one with --tokenizer PATH");

@@ -1,6 +1,7 @@
 #include "model/model.h"
 
 #include "model/family.h"
+#include "model/gguf.h"
 #include "model/weights.h"
 
 namespace krait {
@@ -38,8 +39,11 @@ std::unique_ptr<Model> load_model(const ModelConfig& config, const Checkpoint& c
                                   std::optional<DType> dtype,
                                   const std::function<void(size_t, size_t)>& progress) {
   const Family& family = family_named(config.family);
-  const ModelConfig resolved = resolve_config(config, checkpoint);
-  WeightLoader in(resolved, checkpoint, op, dtype, progress);
+  std::unique_ptr<Checkpoint> renamed;
+  if (checkpoint.metadata() != nullptr) renamed = rename_gguf(checkpoint, config);
+  const Checkpoint& tensors = renamed ? *renamed : checkpoint;
+  const ModelConfig resolved = resolve_config(config, tensors);
+  WeightLoader in(resolved, tensors, op, dtype, progress);
   return family.load(resolved, in);
 }
 

@@ -31,6 +31,9 @@ using Activations = std::vector<Tensor>;
 
 class WeightLoader;
 
+/// Memory of a weight that the host computed. From new, so aligned for every dtype.
+using HostCopy = std::unique_ptr<std::byte[]>;
+
 class Model {
  public:
   virtual ~Model() = default;
@@ -72,7 +75,7 @@ class Model {
   Tensor lm_head_;    ///< W [vocab_rows, d_model]; the embedding when tied
 
  private:
-  std::vector<std::vector<float>> host_copies_;  ///< computed weights that a CPU tensor views
+  std::vector<HostCopy> host_copies_;  ///< computed weights that a CPU tensor views
 };
 
 /// The config as the tensors confirm it: fills in vocab_rows, and where an early conversion gives

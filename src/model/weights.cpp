@@ -1,11 +1,14 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <cstring>
 
 #include "base/log.h"
+#include "checkpoint/elements.h"
+#include "checkpoint/ggml_blocks.h"
 
 namespace krait {
 
@@ -25,35 +28,17 @@ std::string layer_name(int64_t layer, std::string_view rest) {
       "the file may be cut short, or be of another model than its config.json");
 }
 
-/// Element i of a host tensor that may be unaligned, as float.
-template <typename T>
-float element(const std::byte* data, size_t i) {
-  T v;
-  std::memcpy(&v, data + i * sizeof(T), sizeof(T));
-  return static_cast<float>(v);
+HostCopy to_f32(const Checkpoint::Entry& e) {
+  const int64_t n = e.shape().numel();
+  auto copy = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(n) * sizeof(float));
+  read_elements(e, 0, n, reinterpret_cast<float*>(copy.get()));
+  return copy;
 }
 
-std::vector<float> to_f32(const Tensor& t) {
-  const auto* data = t.as<std::byte>();
-  std::vector<float> values(static_cast<size_t>(t.numel()));
-  const auto fill = [&](auto get) {
-    for (size_t i = 0; i < values.size(); ++i) values[i] = get(data, i);
-  };
-  switch (t.dtype) {
-    case DType::f64:
-      fill(element<double>);
-      break;
-    case DType::f32:
-      fill(element<float>);
-      break;
-    case DType::f16:
-      fill(element<f16_t>);
-      break;
-    default:
-      fill(element<bf16_t>);
-      break;
-  }
-  return values;
+/// Where a GGUF file has A instead of A_log.
+std::string plain_A(std::string_view name) {
+  constexpr std::string_view kLog = "_log";
+  return std::string(name.ends_with(kLog) ? name.substr(0, name.size() - kLog.size()) : name);
 }
 
 /// "d_model=64, n_layer=3, ..."
@@ -64,13 +49,6 @@ std::string sizes_of(const ModelConfig& c) {
     s += fmt::format("{}{}={}", s.empty() ? "" : ", ", size.name, c.*size.value);
   }
   return s;
-}
-
-bool is_float(DType t) { return is_float16_or_32(t) || t == DType::f64; }
-
-bool same_bytes(const Tensor& a, const Tensor& b) {
-  return a.dtype == b.dtype && a.shape == b.shape &&
-         (a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
 }
 
 /// N of "backbone.layers.N.", or -1.
@@ -88,8 +66,9 @@ int64_t layer_index(std::string_view name) {
 bool has_tensors_of(const Family& family, const ModelConfig& config, const Checkpoint& checkpoint) {
   const auto table = family.tensors(config);
   return std::all_of(table.begin(), table.end(), [&](const TensorRow& row) {
-    return row.role == Role::optional_vector ||
-           find_tensor(checkpoint, layer_name(0, row.name)) != nullptr;
+    const std::string name = layer_name(0, row.name);
+    return row.role == Role::optional_vector || find_tensor(checkpoint, name) != nullptr ||
+           (row.role == Role::negative_exp && find_tensor(checkpoint, plain_A(name)) != nullptr);
   });
 }
 
@@ -129,6 +108,20 @@ const Checkpoint::Entry* find_tensor(const Checkpoint& checkpoint, std::string_v
   return nullptr;
 }
 
+bool same_bytes(const Checkpoint::Entry& x, const Checkpoint::Entry& y) {
+  const Tensor& a = x.tensor;
+  const Tensor& b = y.tensor;
+  return x.blocks == y.blocks && a.dtype == b.dtype && a.shape == b.shape &&
+         (a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
+}
+
+DType matrix_dtype(const Checkpoint& checkpoint) {
+  const auto* e = find_tensor(checkpoint, layer_name(0, "mixer.in_proj.weight"));
+  // Of the 16-bit types f16 is closer to what a block says: its scale is one, times a few bits.
+  if (e != nullptr && e->blocks != nullptr) return DType::f16;
+  return e != nullptr && is_float16_or_32(e->tensor.dtype) ? e->tensor.dtype : DType::f32;
+}
+
 ModelConfig resolve_config(const ModelConfig& config, const Checkpoint& checkpoint) {
   ModelConfig c = config;
   int64_t n_layer = 0;
@@ -144,15 +137,15 @@ ModelConfig resolve_config(const ModelConfig& config, const Checkpoint& checkpoi
                 "check that config.json and the tensors come from the same release");
   }
   if (const auto* out = find_tensor(checkpoint, layer_name(0, "mixer.out_proj.weight"));
-      out != nullptr && out->tensor.shape.rank() == 2 && out->tensor.dim(0) == c.d_model) {
-    c.d_inner = settle("d_inner", c.d_inner, c.other_d_inner, out->tensor.dim(1));
+      out != nullptr && out->shape().rank() == 2 && out->shape()[0] == c.d_model) {
+    c.d_inner = settle("d_inner", c.d_inner, c.other_d_inner, out->shape()[1]);
   }
   c.other_n_layer.clear();
   c.other_d_inner.clear();
 
   const auto* embedding = find_tensor(checkpoint, kEmbedding);
   if (embedding == nullptr) missing(std::string(kEmbedding), checkpoint);
-  const Shape& shape = embedding->tensor.shape;
+  const Shape shape = embedding->shape();
   if (shape.rank() != 2 || shape[0] < c.vocab_size || shape[0] > INT32_MAX) {
     throw Error(ErrorKind::format,
                 fmt::format("{} in {}: expected at least vocab_size={} rows of {}, found {}",
@@ -167,39 +160,63 @@ WeightLoader::WeightLoader(const ModelConfig& config, const Checkpoint& checkpoi
                            std::optional<DType> dtype, std::function<void(size_t, size_t)> progress)
     : config_(config), checkpoint_(checkpoint), op_(op), progress_(std::move(progress)) {
   for (const auto& e : checkpoint.entries()) bytes_total_ += e.tensor.bytes();
-  if (dtype) {
-    dtype_ = *dtype;
-  } else if (const auto* e = find_tensor(checkpoint, layer_name(0, "mixer.in_proj.weight"));
-             e != nullptr && is_float16_or_32(e->tensor.dtype)) {
-    dtype_ = e->tensor.dtype;
-  }
+  dtype_ = dtype.value_or(matrix_dtype(checkpoint));
 }
 
-const Checkpoint::Entry& WeightLoader::require(const std::string& name, const Shape& shape) {
-  const auto* e = find_tensor(checkpoint_, name);
-  if (e == nullptr) missing(name, checkpoint_);
-  if (!is_float(e->tensor.dtype)) {
+const Checkpoint::Entry& require_tensor(const Checkpoint& checkpoint, const ModelConfig& config,
+                                        const std::string& name, const Shape& shape) {
+  const auto* e = find_tensor(checkpoint, name);
+  if (e == nullptr) missing(name, checkpoint);
+  if (!is_real(*e)) {
     throw Error(ErrorKind::unsupported,
                 fmt::format("{} in {}: expected f32, f16, bf16 or f64, found {}", e->name, e->file,
-                            dtype_name(e->tensor.dtype)));
+                            e->type_name()));
   }
   // conv1d.weight is [E, 1, K] from PyTorch, and [E, K] where a converter squeezed it.
-  const Shape& found = e->tensor.shape;
+  const Shape found = e->shape();
   const bool squeezed = shape.rank() == 2 && found == Shape{shape[0], 1, shape[1]};
   if (found != shape && !squeezed) {
     throw Error(ErrorKind::format,
                 fmt::format("{} in {}: expected {}, found {} {}", e->name, e->file, shape.str(),
-                            found.str(), dtype_name(e->tensor.dtype)),
+                            found.str(), e->type_name()),
                 fmt::format("config.json gives {}: check that it and the tensors come from the "
                             "same release",
-                            sizes_of(config_)));
+                            sizes_of(config)));
   }
   return *e;
 }
 
-Tensor WeightLoader::import_computed(std::vector<float> values, const Shape& shape, DType as) {
-  host_copies_.push_back(std::move(values));
-  return op_.import_weight(Tensor(host_copies_.back().data(), DType::f32, shape), as);
+const Checkpoint::Entry& WeightLoader::require(const std::string& name, const Shape& shape) {
+  return require_tensor(checkpoint_, config_, name, shape);
+}
+
+Tensor WeightLoader::import_computed(HostCopy values, DType dtype, const Shape& shape, DType as) {
+  const Tensor weight = op_.import_weight(Tensor(values.get(), dtype, shape), as);
+  if (weight.data == values.get()) host_copies_.push_back(std::move(values));
+  return weight;
+}
+
+/// Dequantises straight to `as`, so that the host holds no second form of a large matrix.
+Tensor WeightLoader::import_dequantized(const Checkpoint::Entry& entry, const Shape& shape,
+                                        DType as) {
+  const BlockFormat& format = *entry.blocks;
+  const int64_t n_block = shape.numel() / format.elements;
+  auto values = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(shape.numel()) *
+                                                            itemsize(as));
+  if (!pool_) pool_ = std::make_unique<ThreadPool>(0);
+  visit_dtype(as, "a weight", [&](auto type) {
+    using T = decltype(type);
+    auto* out = reinterpret_cast<T*>(values.get());
+    pool_->parallel_for(n_block, 64, [&](int64_t begin, int64_t end) {
+      std::array<float, 256> block{};  // of the largest block
+      for (int64_t i = begin; i < end; ++i) {
+        read_elements(entry, i * format.elements, format.elements, block.data());
+        std::transform(block.begin(), block.begin() + format.elements, out + i * format.elements,
+                       [](float v) { return static_cast<T>(v); });
+      }
+    });
+  });
+  return import_computed(std::move(values), as, shape, as);
 }
 
 Tensor WeightLoader::import(const Checkpoint::Entry& entry, const Shape& shape, DType as) {
@@ -207,9 +224,11 @@ Tensor WeightLoader::import(const Checkpoint::Entry& entry, const Shape& shape, 
   parameter_count_ += shape.numel();
   weight_bytes_ += static_cast<size_t>(shape.numel()) * itemsize(as);
   const Tensor host(entry.tensor.data, entry.tensor.dtype, shape);
-  const Tensor device = host.dtype == DType::f64 ? import_computed(to_f32(host), shape, as)
-                                                 : op_.import_weight(host, as);
-  bytes_done_ += host.bytes();
+  const Tensor device = entry.blocks != nullptr ? import_dequantized(entry, shape, as)
+                        : host.dtype == DType::f64
+                            ? import_computed(to_f32(entry), DType::f32, shape, as)
+                            : op_.import_weight(host, as);
+  bytes_done_ += entry.tensor.bytes();
   if (progress_) progress_(bytes_done_, bytes_total_);
   return device;
 }
@@ -227,14 +246,19 @@ Tensor WeightLoader::optional_vector(const std::string& name, const Shape& shape
 }
 
 Tensor WeightLoader::negative_exp(const std::string& name, const Shape& shape) {
+  if (find_tensor(checkpoint_, name) == nullptr &&
+      find_tensor(checkpoint_, plain_A(name)) != nullptr) {
+    return vector(plain_A(name), shape);
+  }
   const auto& entry = require(name, shape);
   used_.insert(&entry);
   parameter_count_ += shape.numel();
   weight_bytes_ += static_cast<size_t>(shape.numel()) * sizeof(float);
-  std::vector<float> values = to_f32(entry.tensor);
-  for (float& v : values) v = -std::exp(v);
+  HostCopy copy = to_f32(entry);
+  auto* values = reinterpret_cast<float*>(copy.get());
+  for (int64_t i = 0; i < shape.numel(); ++i) values[i] = -std::exp(values[i]);
   bytes_done_ += entry.tensor.bytes();
-  return import_computed(std::move(values), shape, DType::f32);
+  return import_computed(std::move(copy), DType::f32, shape, DType::f32);
 }
 
 Tensor WeightLoader::layer_tensor(int64_t layer, const TensorRow& row) {
@@ -265,7 +289,7 @@ Tensor WeightLoader::head(const Tensor& embedding, const Shape& shape) {
     return embedding;
   }
   const auto& head = require(std::string(kHead), shape);
-  if (same_bytes(head.tensor, find_tensor(checkpoint_, kEmbedding)->tensor)) {
+  if (same_bytes(head, *find_tensor(checkpoint_, kEmbedding))) {
     used_.insert(&head);
     bytes_done_ += head.tensor.bytes();
     return embedding;

@@ -4,12 +4,14 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_set>
 #include <vector>
 
+#include "base/thread_pool.h"
 #include "checkpoint/checkpoint.h"
 #include "kernels/ops.h"
 #include "model/config.h"
@@ -32,7 +34,7 @@ class WeightLoader {
   [[nodiscard]] Tensor vector(const std::string& name, const Shape& shape);  ///< as f32
   /// Null when the file has none.
   [[nodiscard]] Tensor optional_vector(const std::string& name, const Shape& shape);
-  /// -exp(A_log), taken once in f32.
+  /// -exp(A_log), taken once in f32; or "A" as it is, where the file (GGUF) has that.
   [[nodiscard]] Tensor negative_exp(const std::string& name, const Shape& shape);
   /// A block's tensor, by its row of the family's table.
   [[nodiscard]] Tensor layer_tensor(int64_t layer, const TensorRow& row);
@@ -44,15 +46,14 @@ class WeightLoader {
 
   [[nodiscard]] int64_t parameter_count() const noexcept { return parameter_count_; }
   [[nodiscard]] size_t weight_bytes() const noexcept { return weight_bytes_; }
-  /// Computed weights that the device may view; to be kept as long as the weights.
-  [[nodiscard]] std::vector<std::vector<float>>&& take_host_copies() {
-    return std::move(host_copies_);
-  }
+  /// Computed weights that the device views; to be kept as long as the weights.
+  [[nodiscard]] std::vector<HostCopy>&& take_host_copies() { return std::move(host_copies_); }
 
  private:
   const Checkpoint::Entry& require(const std::string& name, const Shape& shape);
   Tensor import(const Checkpoint::Entry& entry, const Shape& shape, DType as);
-  Tensor import_computed(std::vector<float> values, const Shape& shape, DType as);
+  Tensor import_dequantized(const Checkpoint::Entry& entry, const Shape& shape, DType as);
+  Tensor import_computed(HostCopy values, DType dtype, const Shape& shape, DType as);
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
@@ -64,13 +65,25 @@ class WeightLoader {
   int64_t parameter_count_ = 0;
   size_t weight_bytes_ = 0;
   std::unordered_set<const Checkpoint::Entry*> used_;
-  std::vector<std::vector<float>> host_copies_;
+  std::vector<HostCopy> host_copies_;
+  std::unique_ptr<ThreadPool> pool_;  ///< made by the first quantised tensor
 };
 
 /// The entry of that name under any spelling: "embedding" or "embeddings", with or without a
 /// leading "model."; null if there is none.
 [[nodiscard]] const Checkpoint::Entry* find_tensor(const Checkpoint& checkpoint,
                                                    std::string_view name);
+
+/// find_tensor() that throws: Error format where it is missing or has another shape, unsupported
+/// where its type is none of the reals.
+[[nodiscard]] const Checkpoint::Entry& require_tensor(const Checkpoint& checkpoint,
+                                                      const ModelConfig& config,
+                                                      const std::string& name, const Shape& shape);
+
+/// The type of the matrices where the user names none: the file's, f16 where they are quantised.
+[[nodiscard]] DType matrix_dtype(const Checkpoint& checkpoint);
+
+[[nodiscard]] bool same_bytes(const Checkpoint::Entry& a, const Checkpoint::Entry& b);
 
 /// A row of a family's table and the member that it fills.
 template <typename Layer>

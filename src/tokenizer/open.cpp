@@ -21,17 +21,13 @@ std::unique_ptr<Tokenizer> open_sentencepiece(const fs::path& file) {
                              read_special_names(file.parent_path()));
 }
 
-std::unique_ptr<Tokenizer> open_tokenizer(const fs::path& path) {
+fs::path find_tokenizer_file(const fs::path& path) {
   std::error_code error;
   if (!fs::exists(path, error)) {
     throw Error(ErrorKind::file, fmt::format("the tokenizer {} does not exist", path.string()));
   }
-  if (!fs::is_directory(path, error)) {
-    return path.extension() == ".json" ? open_tokenizer_json(path) : open_sentencepiece(path);
-  }
-  if (fs::exists(path / "tokenizer.json", error)) {
-    return open_tokenizer_json(path / "tokenizer.json");
-  }
+  if (!fs::is_directory(path, error)) return path;
+  if (fs::exists(path / "tokenizer.json", error)) return path / "tokenizer.json";
   // Mistral's own layout puts a version behind the name: tokenizer.model.v3.
   std::vector<fs::path> models;
   for (const auto& entry : fs::directory_iterator(path, error)) {
@@ -40,10 +36,15 @@ std::unique_ptr<Tokenizer> open_tokenizer(const fs::path& path) {
       models.push_back(entry.path());
     }
   }
-  if (!models.empty()) return open_sentencepiece(*std::max_element(models.begin(), models.end()));
+  if (!models.empty()) return *std::max_element(models.begin(), models.end());
   throw Error(ErrorKind::file,
               fmt::format("{} holds neither tokenizer.json nor tokenizer.model", path.string()),
               "Name a tokenizer with --tokenizer.");
+}
+
+std::unique_ptr<Tokenizer> open_tokenizer(const fs::path& path) {
+  const fs::path file = find_tokenizer_file(path);
+  return file.extension() == ".json" ? open_tokenizer_json(file) : open_sentencepiece(file);
 }
 
 }  // namespace krait

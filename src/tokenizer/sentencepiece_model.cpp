@@ -168,13 +168,20 @@ void read_trainer(std::string_view bytes, SentencePieceModel& model, const std::
       model.algorithm = static_cast<SentencePieceModel::Algorithm>(
           in_range(m.integer(), 1, 4, "the model type", name));
     }
+    if (m.number() == 40) model.unknown_id = static_cast<int32_t>(m.integer());
+    if (m.number() == 41) model.bos_id = static_cast<int32_t>(m.integer());
+    if (m.number() == 42) model.eos_id = static_cast<int32_t>(m.integer());
+    if (m.number() == 43) model.padding_id = static_cast<int32_t>(m.integer());
     if (m.number() == 44) model.unknown_surface = m.text();
   }
 }
 
 void read_normalizer(std::string_view bytes, SentencePieceModel& model, const std::string& name) {
   for (Message m(bytes, name); m.next();) {
-    if (m.number() == 2) check_charsmap(m.text(), name);
+    if (m.number() == 2) {
+      check_charsmap(m.text(), name);
+      model.charsmap = m.text();
+    }
     if (m.number() == 3) model.add_dummy_prefix = m.integer() != 0;
     if (m.number() == 4) model.remove_extra_whitespaces = m.integer() != 0;
   }

@@ -19,6 +19,8 @@ struct SentencePieceModel {
   };
   std::vector<Piece> pieces;  ///< index = id
   Algorithm algorithm = Algorithm::unigram;
+  int64_t unknown_id = 0, bos_id = 1, eos_id = 2, padding_id = -1;  ///< -1: none
+  std::string charsmap;  ///< table of the normaliser; empty: it changes nothing
   bool add_dummy_prefix = true;
   bool remove_extra_whitespaces = true;
   std::string unknown_surface = " \u2047 ";  ///< what an unknown token decodes to

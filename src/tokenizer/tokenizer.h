@@ -49,6 +49,8 @@ class Tokenizer {
 /// tokenizer.model (with tokenizer_config.json and special_tokens_map.json read where present).
 /// Errors: file, format, unsupported (a component that is not built, by its name).
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path);
+/// The file that open_tokenizer() reads: `path` itself, or what the folder holds. Error file.
+[[nodiscard]] std::filesystem::path find_tokenizer_file(const std::filesystem::path& path);
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer_json(const std::filesystem::path& file);
 [[nodiscard]] std::unique_ptr<Tokenizer> open_sentencepiece(const std::filesystem::path& file);
 

@@ -27,8 +27,9 @@ const JsonNode* pointer(const std::optional<JsonNode>& node) { return node ? &*n
 
 class BpeTokenizer : public Tokenizer {
  public:
-  BpeTokenizer(const JsonNode& root, const SpecialNames& names)
-      : normalizer_(root.has("normalizer") ? make_normalizer(root.at("normalizer")) : nullptr),
+  BpeTokenizer(const JsonNode& root, const SpecialNames& names, std::string description)
+      : description_(std::move(description)),
+        normalizer_(root.has("normalizer") ? make_normalizer(root.at("normalizer")) : nullptr),
         pre_tokenizer_(root.has("pre_tokenizer") ? make_pre_tokenizer(root.at("pre_tokenizer"))
                                                  : nullptr),
         decoder_(pointer(component(root, "decoder"))),
@@ -111,7 +112,7 @@ class BpeTokenizer : public Tokenizer {
 
   [[nodiscard]] std::optional<int32_t> bos_id() const override { return bos_; }
   [[nodiscard]] std::optional<int32_t> eos_id() const override { return eos_; }
-  [[nodiscard]] std::string description() const override { return "bpe (tokenizer.json)"; }
+  [[nodiscard]] std::string description() const override { return description_; }
 
  private:
   [[nodiscard]] std::optional<int32_t> first_known(
@@ -123,6 +124,7 @@ class BpeTokenizer : public Tokenizer {
     return std::nullopt;
   }
 
+  std::string description_;
   std::unique_ptr<Normalizer> normalizer_;
   std::unique_ptr<PreTokenizer> pre_tokenizer_;
   Decoder decoder_;
@@ -140,7 +142,12 @@ std::unique_ptr<Tokenizer> parse_tokenizer_json(std::string_view text, const std
   const nlohmann::json json = parse_json(text, name);
   const JsonNode root(json, name);
   root.expect_object();
-  return std::make_unique<BpeTokenizer>(root, names);
+  return make_tokenizer_json(root, names, "bpe (tokenizer.json)");
+}
+
+std::unique_ptr<Tokenizer> make_tokenizer_json(const JsonNode& root, const SpecialNames& names,
+                                               std::string description) {
+  return std::make_unique<BpeTokenizer>(root, names, std::move(description));
 }
 
 }  // namespace krait

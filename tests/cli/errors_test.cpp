@@ -93,10 +93,10 @@ TEST(ModelErrors, WhereItIs) {
   write_file(dir.path() / "config.json", read_file(tiny() + "/config.json"));
   expect_error(run_model(dir.path()), 3, "");  // no weights
   write_file(dir.path() / "model.gguf", "GGUF");
-  expect_error(run_model(dir.path() / "model.gguf"), 4, "GGUF");
+  expect_error(run_model(dir.path() / "model.gguf"), 3, "model.gguf");
   write_file(dir.path() / "notes.txt", "text");
   expect_error(run_model(dir.path() / "notes.txt"), 4,
-               "expected a folder, a .safetensors or a .bin");
+               "expected a folder, a .safetensors, .bin or .gguf");
 }
 
 TEST(ModelErrors, Architecture) {

@@ -1,0 +1,56 @@
+"""What the peers that run in PyTorch share."""
+
+import time
+
+from peers import Missing
+
+
+def need(*modules):
+    """Imports them; Missing names the first that is not there."""
+    import importlib
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as e:   # a broken extension is as good as none
+            raise Missing(f"the Python module {name} could not be imported ({type(e).__name__}: "
+                          f"{str(e).splitlines()[0] if str(e) else ''})") from None
+
+
+def torch_device(options):
+    import torch
+    if options["device"] == "cpu":
+        if options["threads"]:
+            torch.set_num_threads(options["threads"])
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Missing("PyTorch sees no CUDA device")
+    return torch.device("cuda")
+
+
+def synchronize(device):
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device, call):
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def release(device):
+    """Gives memory back to the device, so that the next system has all of it."""
+    import gc
+
+    import torch
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def one_line(error):
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
