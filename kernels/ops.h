@@ -224,7 +224,12 @@ class Ops {
   /// outstanding) and writes its tokens, in the order of its rows.
   virtual void receive(std::span<int32_t> tokens) = 0;
 
-  // ---- ceilings: what the memory of the device can do, for measurements -------------------------
+  // ---- for measurements
+  // ---------------------------------------------------------------------------
+
+  /// Seconds that the device spends on what `work` launches, by its own clock; on the CPU, that the
+  /// call takes. Launches cost nothing while the device is busy with what was launched before.
+  [[nodiscard]] virtual double seconds(const std::function<void()>& work) = 0;
 
   /// dst = src with all the device has, past its caches where that is faster. No overlap; bytes is
   /// a multiple of 16, as are both addresses.

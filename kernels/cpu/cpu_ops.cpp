@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -137,6 +138,12 @@ namespace {
 int64_t range_of_a_thread(int64_t n, int threads) { return (n + threads - 1) / threads; }
 
 }  // namespace
+
+double CpuOps::seconds(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 void CpuOps::stream_copy(void* dst, const void* src, size_t bytes) {
   // memcpy goes past the caches from some size on, which spares reading what it overwrites.

@@ -30,6 +30,7 @@ class CpuOps : public Ops {
 
   void receive(std::span<int32_t> tokens) override;
 
+  [[nodiscard]] double seconds(const std::function<void()>& work) override;
   void stream_copy(void* dst, const void* src, size_t bytes) override;
   void stream_read(void* sum, const void* src, size_t bytes) override;
 

@@ -208,6 +208,24 @@ class CudaOps final : public Ops {
     received_ = wanted;
   }
 
+  double seconds(const std::function<void()>& work) override {
+    struct Event {
+      cudaEvent_t event = nullptr;
+      Event() { KRAIT_CUDA(cudaEventCreate(&event)); }
+      ~Event() { cudaEventDestroy(event); }
+      Event(const Event&) = delete;
+      Event& operator=(const Event&) = delete;
+    };
+    const Event begin;
+    const Event end;
+    KRAIT_CUDA(cudaEventRecord(begin.event, stream_));
+    work();
+    KRAIT_CUDA(cudaEventRecord(end.event, stream_));
+    KRAIT_CUDA(cudaEventSynchronize(end.event));
+    float milliseconds = 0;
+    KRAIT_CUDA(cudaEventElapsedTime(&milliseconds, begin.event, end.event));
+    return static_cast<double>(milliseconds) * 1e-3;
+  }
   void stream_copy(void* dst, const void* src, size_t bytes) override {
     cuda::stream_copy(dst, src, bytes, stream_);
   }

@@ -1,6 +1,5 @@
 #include "runtime/ceilings.h"
 
-#include <chrono>
 #include <functional>
 #include <random>
 #include <vector>
@@ -13,18 +12,17 @@ namespace {
 
 /// Seconds of one call: median of some runs after a warm-up that also brings the clocks up.
 double seconds_of(Ops& op, const std::function<void()>& call) {
-  using Clock = std::chrono::steady_clock;
   const auto run = [&](int calls) {
-    const auto start = Clock::now();
-    for (int i = 0; i < calls; ++i) call();
-    op.synchronize();
-    return std::chrono::duration<double>(Clock::now() - start).count() / calls;
+    call();  // so that the launches of those that count are behind it
+    return op.seconds([&] {
+      for (int i = 0; i < calls; ++i) call();
+    }) / calls;
   };
   constexpr double kWarmUp = 0.05;
-  constexpr double kRun = 0.01;  // long against the launch and the wait for its end
+  constexpr double kRun = 0.01;
   constexpr int kRuns = 7;
   double once = run(1);
-  for (double spent = once; spent < kWarmUp; spent += once) once = run(1);
+  for (double spent = 2 * once; spent < kWarmUp; spent += 2 * once) once = run(1);
   const int calls = std::max(1, static_cast<int>(kRun / once));
   std::vector<double> seconds;
   for (int i = 0; i < kRuns; ++i) seconds.push_back(run(calls));

@@ -1,6 +1,8 @@
 // Memory and weights: what a backend hands out, copies, converts and refuses.
 #include <gmock/gmock.h>
 
+#include <chrono>
+
 #include "ops/ops_test_util.h"
 
 namespace krait::test {
@@ -108,6 +110,27 @@ TEST_P(Memory, StreamsCopyAndReadEveryWord) {
     op.download(&got_sum, sum.data(), sizeof got_sum);
     EXPECT_EQ(got_sum, total) << n;
   }
+}
+
+/// The device's clock agrees with the host's on work that is long against both of their steps.
+TEST_P(Memory, SecondsAreThoseOfTheWork) {
+  Ops& op = ops(GetParam());
+  const size_t bytes = size_t{1} << 24;
+  const Buffer a = op.allocate(bytes, "a");
+  const Buffer b = op.allocate(bytes, "b");
+  op.zero(a.data(), bytes);
+  const auto copies = [&](int n) {
+    for (int i = 0; i < n; ++i) op.stream_copy(b.data(), a.data(), bytes);
+  };
+  copies(10);
+  op.synchronize();
+  const auto start = std::chrono::steady_clock::now();
+  const double seconds = op.seconds([&] { copies(100); });
+  const std::chrono::duration<double> host = std::chrono::steady_clock::now() - start;
+  EXPECT_GT(seconds, 0.0);
+  EXPECT_LE(seconds, host.count());
+  EXPECT_GT(seconds, 0.3 * host.count());
+  EXPECT_LT(op.seconds([] {}), 0.5 * seconds);
 }
 
 TEST_P(Memory, TooMuchIsRefusedWithTheNumbers) {
