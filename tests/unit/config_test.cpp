@@ -276,7 +276,7 @@ TEST(Config, ExpandedWidthHasALimit) {
 }
 
 TEST(Config, RequiredKeysAreNamed) {
-  for (const char* key : {"num_hidden_layers", "vocab_size"}) {
+  for (const char* key : {"hidden_size", "num_hidden_layers", "vocab_size"}) {
     json j = hugging_face();
     j.erase(key);
     EXPECT_TRUE(throws(ErrorKind::format, key, [&] { (void)parse(j); }));
