@@ -87,11 +87,6 @@ ModelSource require_config(ModelSource source) {
   return source;
 }
 
-bool has_tokenizer(const fs::path& folder) {
-  return is_there(folder / "tokenizer.json") || is_there(folder / "tokenizer.model") ||
-         is_there(folder / "tokenizer.model.v3");  // Mistral's layout
-}
-
 }  // namespace
 
 fs::path shipped_models() {
@@ -150,7 +145,7 @@ std::optional<fs::path> find_tokenizer_path(const ModelSource& source, const Mod
                                             const std::string& flag) {
   if (!flag.empty()) return find_tokenizer_file(flag);
   if (source.gguf) return std::nullopt;
-  if (has_tokenizer(source.folder)) return find_tokenizer_file(source.folder);
+  if (auto file = tokenizer_in(source.folder)) return file;
   if (config.layout != "state-spaces") return std::nullopt;
   fs::path neox = shipped_models() / "gpt-neox-20b" / "tokenizer.json";
   if (!is_there(neox)) return std::nullopt;

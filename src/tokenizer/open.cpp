@@ -21,22 +21,28 @@ std::unique_ptr<Tokenizer> open_sentencepiece(const fs::path& file) {
                              read_special_names(file.parent_path()));
 }
 
+std::optional<fs::path> tokenizer_in(const fs::path& folder) {
+  std::error_code error;
+  if (fs::exists(folder / "tokenizer.json", error)) return folder / "tokenizer.json";
+  // Mistral's own layout puts a version behind the name: tokenizer.model.v3.
+  std::vector<fs::path> models;
+  for (const auto& entry : fs::directory_iterator(folder, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name == "tokenizer.model" || name.starts_with("tokenizer.model.v")) {
+      models.push_back(entry.path());
+    }
+  }
+  if (models.empty()) return std::nullopt;
+  return *std::max_element(models.begin(), models.end());
+}
+
 fs::path find_tokenizer_file(const fs::path& path) {
   std::error_code error;
   if (!fs::exists(path, error)) {
     throw Error(ErrorKind::file, fmt::format("the tokenizer {} does not exist", path.string()));
   }
   if (!fs::is_directory(path, error)) return path;
-  if (fs::exists(path / "tokenizer.json", error)) return path / "tokenizer.json";
-  // Mistral's own layout puts a version behind the name: tokenizer.model.v3.
-  std::vector<fs::path> models;
-  for (const auto& entry : fs::directory_iterator(path, error)) {
-    const std::string name = entry.path().filename().string();
-    if (name == "tokenizer.model" || name.starts_with("tokenizer.model.v")) {
-      models.push_back(entry.path());
-    }
-  }
-  if (!models.empty()) return *std::max_element(models.begin(), models.end());
+  if (const auto file = tokenizer_in(path)) return *file;
   throw Error(ErrorKind::file,
               fmt::format("{} holds neither tokenizer.json nor tokenizer.model", path.string()),
               "Name a tokenizer with --tokenizer.");

@@ -51,6 +51,10 @@ class Tokenizer {
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path);
 /// The file that open_tokenizer() reads: `path` itself, or what the folder holds. Error file.
 [[nodiscard]] std::filesystem::path find_tokenizer_file(const std::filesystem::path& path);
+/// The tokenizer file of a model's folder, if it holds one: tokenizer.json, else the
+/// tokenizer.model of the highest version.
+[[nodiscard]] std::optional<std::filesystem::path> tokenizer_in(
+    const std::filesystem::path& folder);
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer_json(const std::filesystem::path& file);
 [[nodiscard]] std::unique_ptr<Tokenizer> open_sentencepiece(const std::filesystem::path& file);
 

@@ -111,6 +111,14 @@ TEST(Tokenize, ModelMayBeATokenizerFileOrFolder) {
   EXPECT_EQ(out({"tokenize", "-m", models_dir() / "gpt-neox-20b", "Hello"}), "12092\n");
 }
 
+TEST(Tokenize, MistralsTokenizerHasAVersionBehindItsName) {
+  const ScratchDir dir;
+  const auto model = copy_model(dir);
+  std::filesystem::copy_file(data_dir() / "tokenizers" / "mistral-v3.model",
+                             model / "tokenizer.model.v7");
+  EXPECT_THAT(run_krait({"inspect", model.string()}).out, HasSubstr("sentencepiece"));
+}
+
 TEST(Tokenize, Refusals) {
   const auto refused = [](const Args& args, int code, const std::string& part) {
     const RunResult r = run_krait(args);

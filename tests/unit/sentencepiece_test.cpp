@@ -102,6 +102,7 @@ TEST(SentencePiece, DecodesAsTheLibraryDoes) {
 
 TEST(SentencePiece, FoldersThatHoldOne) {
   const ScratchDir dir;
+  EXPECT_EQ(tokenizer_in(dir.path()), std::nullopt);
   write_file(dir.path() / "tokenizer.model.v3", bytes_of("mistral-v3"));
   EXPECT_EQ(open_tokenizer(dir.path())->vocab_size(), 32768);
   write_file(dir.path() / "tokenizer_config.json",
