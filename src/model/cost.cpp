@@ -33,6 +33,19 @@ double scan_flops(const ModelCounts& n, int64_t n_tok) {
 
 }  // namespace
 
+namespace {
+
+/// Products of Mamba-2's chunked scan (Dao & Gu 2024, section 6) for a token, over all layers, in
+/// chunks of Q: the lower half of (C B^T) x, the chunk's state and its reading for each of H heads
+/// of P channels, and C B^T for each of G groups.
+int64_t ssd_products(const ModelConfig& c) {
+  constexpr int64_t Q = 128;
+  const int64_t head = c.head_dim * (Q + 4 * c.d_state);
+  return c.n_layer * (c.n_head * head + c.n_group * Q * c.d_state);
+}
+
+}  // namespace
+
 ModelCounts count_model(const ModelConfig& c) {
   const Family& family = family_named(c.family);
   ModelCounts n;
@@ -47,6 +60,7 @@ ModelCounts count_model(const ModelConfig& c) {
     if (s.name == "ssm_state") n.ssm += c.n_layer * s.shape.numel();
   }
   if (family.scan_products != nullptr) n.scan_products = family.scan_products(c);
+  if (c.n_head > 0) n.scan_products = ssd_products(c);
   return n;
 }
 

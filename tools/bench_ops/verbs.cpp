@@ -1,6 +1,7 @@
 #include "tools/bench_ops/verbs.h"
 
 #include <array>
+#include <functional>
 #include <numeric>
 
 namespace krait {
@@ -26,7 +27,6 @@ struct Step {
     seqs = static_cast<double>(n_seq);
     D = static_cast<double>(c.d_model);
     E = static_cast<double>(c.d_inner);
-    N = static_cast<double>(c.d_state);
     V = static_cast<double>(c.vocab_rows);
   }
 
@@ -36,7 +36,7 @@ struct Step {
   Batch batch;
   std::string at;  ///< "2.8b 64"
   double w, t;     ///< bytes of an element of a matrix and of an activation
-  double rows, seqs, D, E, N, V;
+  double rows, seqs, D, E, V;
 };
 
 /// in and out may be views of the tensors that the case before wrote: those lie in the caches, as
@@ -56,7 +56,77 @@ void bench_linear(Harness& h, const Step& s, const std::string& name, const Tens
   });
 }
 
-void bench_block(Harness& h, const Step& s) {
+/// The causal convolution over `channels` columns of `in`, beginning at `first`.
+void bench_conv(Harness& h, const Step& s, const Tensor& out, const Tensor& in, int64_t first,
+                int64_t channels) {
+  const std::string name = "conv1d_silu";
+  if (!h.wanted(name)) return;
+  const int64_t carried = s.c.d_conv - 1;
+  const std::vector<Tensor> state = h.rotated(name, h.T(), {s.n_seq, carried, channels});
+  const Tensor weight = h.fresh(DType::f32, {channels, s.c.d_conv});
+  const Tensor bias = h.fresh(DType::f32, {channels});
+  const double columns = static_cast<double>(channels);
+  const double bytes =
+      2 * s.rows * columns * s.t + 2 * s.seqs * static_cast<double>(carried) * columns * s.t;
+  h.measure(name, s.at, {bytes}, state.size(), [&](size_t i) {
+    h.op().conv1d_silu(out, in.columns(first, channels), weight, bias, state[i], s.batch);
+  });
+}
+
+/// A recurrence, with its state in f32 and in bf16. Its flops run on other units than the products
+/// that the ceiling is of, so they don't count. `bytes`: of all but the state.
+void bench_scan(Harness& h, const Step& s, const std::string& verb, const Shape& state_shape,
+                double bytes, const std::function<void(const Tensor& state)>& scan) {
+  for (const DType type : {DType::f32, DType::bf16}) {
+    const std::string name = verb + "/" + std::string(dtype_name(type)) + "-state";
+    if (!h.wanted(name)) continue;
+    const std::vector<Tensor> state = h.rotated(name, type, state_shape);
+    const double moved = 2 * static_cast<double>(state.front().bytes());
+    h.measure(name, s.at, {bytes + moved}, state.size(), [&](size_t i) { scan(state[i]); });
+  }
+}
+
+void bench_mamba2(Harness& h, const Step& s) {
+  Ops& op = h.op();
+  const ModelConfig& c = s.c;
+  const int64_t D = c.d_model;
+  const int64_t E = c.d_inner;
+  const int64_t H = c.n_head;
+  const int64_t GN = c.n_group * c.d_state;
+  const int64_t xbc_width = E + 2 * GN;
+  const Tensor residual = h.fresh(DType::f32, {s.n_tok, D});
+  const Tensor u = h.fresh(h.T(), {s.n_tok, D});
+  const Tensor zxbcdt = h.fresh(h.T(), {s.n_tok, E + xbc_width + H});
+  const Tensor xbc = h.fresh(h.T(), {s.n_tok, xbc_width});
+  const Tensor y = h.fresh(h.T(), {s.n_tok, E});
+  const Tensor norm = h.fresh(DType::f32, {std::max(D, E)});
+  const auto first = [&](int64_t n) { return Tensor(norm.data, DType::f32, {n}); };
+
+  h.measure("rms_norm", s.at, {s.rows * s.D * (4 + s.t)}, 1,
+            [&](size_t) { op.rms_norm(u, residual, first(D), 1e-5F); });
+  bench_linear(h, s, "linear/in_proj", zxbcdt, u, false);
+  bench_conv(h, s, xbc, zxbcdt, E, xbc_width);
+  const Tensor A = h.fresh(DType::f32, {H}, -1.0F);
+  const SsdInputs scan{xbc.columns(0, E),
+                       zxbcdt.columns(E + xbc_width, H),
+                       A,
+                       xbc.columns(E, GN),
+                       xbc.columns(E + GN, GN),
+                       first(H),
+                       first(H),
+                       c.n_group,
+                       c.dt_min,
+                       c.dt_max};
+  const auto columns = static_cast<double>(2 * E + 2 * GN + H);  // x, y; B, C; dt
+  bench_scan(h, s, "ssd_scan", {s.n_seq, H, c.head_dim, c.d_state}, s.rows * columns * s.t,
+             [&](const Tensor& state) { op.ssd_scan(y, scan, state, s.batch); });
+  h.measure("gated_rms_norm", s.at, {3 * s.rows * s.E * s.t}, 1, [&](size_t) {
+    op.gated_rms_norm(y, y, zxbcdt.columns(0, E), first(E), c.n_group, 1e-5F);
+  });
+  bench_linear(h, s, "linear_add/out_proj", residual, y, true);
+}
+
+void bench_mamba1(Harness& h, const Step& s) {
   Ops& op = h.op();
   const ModelConfig& c = s.c;
   const int64_t D = c.d_model;
@@ -76,15 +146,7 @@ void bench_block(Harness& h, const Step& s) {
   h.measure("rms_norm", s.at, {s.rows * s.D * (4 + s.t)}, 1,
             [&](size_t) { op.rms_norm(u, residual, first(D), 1e-5F); });
   bench_linear(h, s, "linear/in_proj", xz, u, false);
-  if (h.wanted("conv1d_silu")) {
-    const std::vector<Tensor> state = h.rotated("conv1d_silu", h.T(), {s.n_seq, c.d_conv - 1, E});
-    const Tensor weight = h.fresh(DType::f32, {E, c.d_conv});
-    const auto carried = static_cast<double>(c.d_conv - 1);
-    h.measure("conv1d_silu", s.at, {2 * s.rows * s.E * s.t + 2 * s.seqs * carried * s.E * s.t},
-              state.size(), [&](size_t i) {
-                op.conv1d_silu(x, xz.columns(0, E), weight, first(E), state[i], s.batch);
-              });
-  }
+  bench_conv(h, s, x, xz, 0, E);
   bench_linear(h, s, "linear/x_proj", dbc, x, false);
   const std::array<int64_t, 3> parts{R, N, N};
   h.measure("rms_norm_parts", s.at, {2 * s.rows * static_cast<double>(R + 2 * N) * s.t}, 1,
@@ -94,17 +156,9 @@ void bench_block(Harness& h, const Step& s) {
   const Tensor A = h.fresh(DType::f32, {E, N}, -1.0F);
   const ScanInputs scan{
       x, dt, A, dbc.columns(R, N), dbc.columns(R + N, N), first(E), xz.columns(E, E), first(E)};
-  for (const DType type : {DType::f32, DType::bf16}) {
-    const std::string name = "selective_scan/" + std::string(dtype_name(type)) + "-state";
-    if (!h.wanted(name)) continue;
-    const std::vector<Tensor> state = h.rotated(name, type, {s.n_seq, E, N});
-    const double bytes = 4 * s.rows * s.E * s.t +
-                         2 * s.seqs * s.E * s.N * static_cast<double>(itemsize(type)) +
-                         4 * s.E * s.N;
-    // Its flops run on other units than the products that the ceiling is of, so they don't count.
-    h.measure(name, s.at, {bytes}, state.size(),
-              [&](size_t i) { op.selective_scan(y, scan, state[i], s.batch); });
-  }
+  bench_scan(h, s, "selective_scan", {s.n_seq, E, N},
+             4 * s.rows * s.E * s.t + 4 * s.E * static_cast<double>(N),
+             [&](const Tensor& state) { op.selective_scan(y, scan, state, s.batch); });
   bench_linear(h, s, "linear_add/out_proj", residual, y, true);
 }
 
@@ -179,7 +233,7 @@ void bench_memory(Harness& h, const Step& s) {
   const std::string name = "copy_rows/state";
   const std::string zeroing = "zero_rows/state";
   if (!h.wanted(name) && !h.wanted(zeroing)) return;
-  const int64_t row = s.c.d_inner * s.c.d_state;
+  const int64_t row = s.c.d_inner * s.c.d_state;  // of a layer, in either family
   const Tensor from = h.fresh(DType::f32, {s.c.n_layer, 2 * row});
   const size_t pitch = static_cast<size_t>(2 * row) * sizeof(float);
   const size_t width = pitch / 2;
@@ -196,7 +250,7 @@ void bench_memory(Harness& h, const Step& s) {
 
 void bench_verbs(Harness& h, const std::string& name, const ModelConfig& config, int64_t n_tok) {
   const Step step(h, name, config, n_tok);
-  bench_block(h, step);
+  config.family == "mamba2" ? bench_mamba2(h, step) : bench_mamba1(h, step);
   bench_ends(h, step);
   if (n_tok == 1) bench_memory(h, step);
   h.drop();
