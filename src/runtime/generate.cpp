@@ -68,18 +68,33 @@ std::vector<TokenLogprob> top_log_probabilities(std::span<const float> logits, i
   return top;
 }
 
+TextBuilder::TextBuilder(const Tokenizer* tokenizer, const std::vector<std::string>& stops,
+                         bool at_start)
+    : stops_(stops) {
+  if (tokenizer != nullptr) decoder_.emplace(*tokenizer, at_start);
+}
+
+std::string TextBuilder::push(int32_t id) {
+  return decoder_ ? stops_.push(decoder_->push(id)) : std::string();
+}
+
+std::string TextBuilder::finish() {
+  if (!decoder_ || stopped()) return {};
+  std::string text = stops_.push(decoder_->finish());
+  if (!stopped()) text += stops_.finish();
+  return text;
+}
+
 GenerateResult generate(TokenSource& source, const Tokenizer* tokenizer,
                         std::span<const int32_t> prompt, const GenerateOptions& options,
                         const std::function<void(const GeneratedToken&)>& on_token,
                         const std::function<bool()>& cancelled) {
   GenerateResult result;
-  std::optional<StreamDecoder> decoder;
-  if (tokenizer != nullptr) decoder.emplace(*tokenizer, options.at_start);
-  StopMatcher stops(options.stops);
+  TextBuilder text(tokenizer, options.stops, options.at_start);
   const auto is_cancelled = [&] { return cancelled && cancelled(); };
-  const auto show = [&](GeneratedToken& token, const std::string& text) {
-    token.text = text;
-    result.text += text;
+  const auto show = [&](GeneratedToken& token, const std::string& part) {
+    token.text = part;
+    result.text += part;
     if (on_token) on_token(token);
   };
 
@@ -130,8 +145,8 @@ GenerateResult generate(TokenSource& source, const Tokenizer* tokenizer,
       show(token, {});
       break;
     }
-    show(token, decoder ? stops.push(decoder->push(token.id)) : std::string());
-    if (stops.stopped()) {
+    show(token, text.push(token.id));
+    if (text.stopped()) {
       result.finish = FinishReason::stop;
       break;
     }
@@ -149,16 +164,12 @@ GenerateResult generate(TokenSource& source, const Tokenizer* tokenizer,
   while (received < launched) (void)receive();  // a step launched ahead and not wanted
 
   // Text that waited for the rest of a character or of a stop string.
-  if (decoder && !stops.stopped()) {
+  if (!text.stopped()) {
     GeneratedToken rest;
     rest.id = -1;
-    std::string text = stops.push(decoder->finish());
-    if (stops.stopped()) {
-      result.finish = FinishReason::stop;
-    } else {
-      text += stops.finish();
-    }
-    if (!text.empty()) show(rest, text);
+    const std::string part = text.finish();
+    if (text.stopped()) result.finish = FinishReason::stop;
+    if (!part.empty()) show(rest, part);
   }
   return result;
 }

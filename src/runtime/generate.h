@@ -72,6 +72,22 @@ struct GenerateResult {
   double generate_seconds = 0;  ///< from then until the last one was
 };
 
+/// The text of one sequence, token by token: complete characters only, and no stop string.
+class TextBuilder {
+ public:
+  /// `tokenizer` may be null: then there is no text, and no stop.
+  TextBuilder(const Tokenizer* tokenizer, const std::vector<std::string>& stops, bool at_start);
+  /// The text that may be shown now.
+  [[nodiscard]] std::string push(int32_t id);
+  /// What was held back, once no more tokens come. It may complete a stop string.
+  [[nodiscard]] std::string finish();
+  [[nodiscard]] bool stopped() const noexcept { return stops_.stopped(); }
+
+ private:
+  std::optional<StreamDecoder> decoder_;
+  StopMatcher stops_;
+};
+
 /// Generates after `prompt`, which is not empty. `tokenizer` may be null: then the text stays empty
 /// and `stops` must be. `on_token` is called for each token in order, and once more at the end,
 /// with id -1, if held-back text is left. `cancelled` is asked once per token and between prompt

@@ -1,5 +1,4 @@
-// The generation loop without a model: a source that replays tokens and checks how it is driven,
-// and a tokenizer whose tokens are given strings of bytes.
+// The generation loop without a model: a source that replays tokens and checks how it is driven.
 #include "runtime/generate.h"
 
 #include <gmock/gmock.h>
@@ -7,6 +6,7 @@
 #include <cmath>
 #include <deque>
 
+#include "support/piece_tokenizer.h"
 #include "support/test_support.h"
 
 namespace krait::test {
@@ -14,27 +14,6 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
-
-/// Token i is `pieces[i]`; token 0 is special.
-class PieceTokenizer : public Tokenizer {
- public:
-  explicit PieceTokenizer(std::vector<std::string> pieces) : pieces_(std::move(pieces)) {}
-  int64_t vocab_size() const override { return static_cast<int64_t>(pieces_.size()); }
-  std::vector<int32_t> encode(std::string_view, EncodeOptions) const override { return {}; }
-  std::string token_bytes(int32_t id, bool, bool special) const override {
-    return id == 0 && !special ? "" : pieces_.at(static_cast<size_t>(id));
-  }
-  std::string decode(std::span<const int32_t>, bool) const override { return {}; }
-  std::string token_text(int32_t id) const override { return pieces_.at(static_cast<size_t>(id)); }
-  std::optional<int32_t> token_id(std::string_view) const override { return std::nullopt; }
-  bool is_special(int32_t id) const override { return id == 0; }
-  std::optional<int32_t> bos_id() const override { return std::nullopt; }
-  std::optional<int32_t> eos_id() const override { return 0; }
-  std::string description() const override { return "pieces"; }
-
- private:
-  std::vector<std::string> pieces_;
-};
 
 /// Gives `script` token by token, then repeats its last token.
 class ScriptedSource : public TokenSource {
