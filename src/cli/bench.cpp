@@ -17,7 +17,6 @@
 #include "cli/console.h"
 #include "cli/plot.h"
 #include "cli/session.h"
-#include "model/random_weights.h"
 
 namespace krait {
 
@@ -264,22 +263,6 @@ std::vector<BenchTest> planned_tests(const BenchFlags& flags) {
   return tests;
 }
 
-Session open_random(const std::string& shape, const DeviceFlags& device) {
-  Session s;
-  s.source.name = shape;
-  const ModelConfig config = published_config(shape);
-  s.ops = open_device(device);
-  const bool cuda = s.ops->backend() == "cuda";
-  const DType dtype = device.weight_dtype().value_or(cuda ? DType::bf16 : DType::f32);
-  // The CPU uses the weights where they lie; a device gets a copy.
-  s.checkpoint = make_random_checkpoint(config, dtype, /*seed=*/0,
-                                        cuda ? RandomMemory::shared : RandomMemory::distinct);
-  const auto start = Clock::now();
-  s.model = load_model(config, *s.checkpoint, *s.ops, dtype);
-  s.load_seconds = seconds_since(start);
-  return s;
-}
-
 class Bench {
  public:
   Bench(const BenchFlags& flags, const CommonFlags& common)
@@ -330,7 +313,7 @@ class Bench {
     Session session;
     try {
       session = flags_.random_weights.empty() ? open_session({name, {}}, device, common_)
-                                              : open_random(name, device);
+                                              : open_random_session(name, device);
     } catch (const Error& e) {
       fail(e, title, rows_of_a_load_);
       progress_.skip(rows_of_a_load_);

@@ -50,9 +50,10 @@ int parse_and_run(int argc, char** argv) {
 
   CommonFlags common;
   const std::vector<Command> commands{
-      add_run_command(app, common),     add_tokenize_command(app, common),
-      add_logits_command(app, common),  add_inspect_command(app, common),
-      add_convert_command(app, common), add_bench_command(app, common)};
+      add_run_command(app, common),      add_batch_command(app, common),
+      add_tokenize_command(app, common), add_logits_command(app, common),
+      add_inspect_command(app, common),  add_convert_command(app, common),
+      add_bench_command(app, common)};
 
   try {
     app.parse(words(argc, argv));
@@ -68,7 +69,7 @@ int parse_and_run(int argc, char** argv) {
     const std::string name = chosen.empty() ? "krait" : "krait " + chosen.front()->get_name();
     std::string message = one_line(e.what());
     if (argc < 2)
-      message = "a command is expected: run, tokenize, logits, inspect, convert or bench";
+      message = "a command is expected: run, batch, tokenize, logits, inspect, convert or bench";
     return report(exit_code(ErrorKind::usage), message, name + " --help lists what there is");
   }
 

@@ -16,6 +16,7 @@ struct Command {
 inline constexpr int kExitInterrupted = 130;
 
 [[nodiscard]] Command add_run_command(CLI::App& app, CommonFlags& common);
+[[nodiscard]] Command add_batch_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_tokenize_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_logits_command(CLI::App& app, CommonFlags& common);
 [[nodiscard]] Command add_inspect_command(CLI::App& app, CommonFlags& common);

@@ -18,7 +18,8 @@ void write_stdout(std::string_view text);
 [[nodiscard]] bool stdout_is_terminal();
 [[nodiscard]] bool stderr_is_terminal();
 
-/// While one of these lives, the first Ctrl-C sets requested() and the second ends the program.
+/// While one of these lives, the first Ctrl-C or SIGTERM sets requested() and the second ends the
+/// program.
 class InterruptGuard {
  public:
   InterruptGuard();

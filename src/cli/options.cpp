@@ -120,15 +120,29 @@ std::optional<DType> DeviceFlags::weight_dtype() const {
 
 DType DeviceFlags::ssm_dtype() const { return parse_dtype(state_dtype); }
 
-void add_backend_flags(CLI::App& app, DeviceFlags& flags) {
+void add_backend_flags(CLI::App& app, DeviceFlags& flags, bool several) {
+  const auto is_device = [](std::string_view v) {
+    return v == "auto" || v == "cpu" || v == "cuda" ||
+           (v.substr(0, 5) == "cuda:" && v.size() > 5 && v.size() < 9 &&
+            v.find_first_not_of("0123456789", 5) == std::string_view::npos);
+  };
   const CLI::Validator device(
-      [](std::string& s) {
-        const std::string_view v = s;
-        const bool ok = v == "auto" || v == "cpu" || v == "cuda" ||
-                        (v.substr(0, 5) == "cuda:" && v.size() > 5 && v.size() < 9 &&
-                         v.find_first_not_of("0123456789", 5) == std::string_view::npos);
+      [several, is_device](std::string& s) {
+        bool ok = true;
+        std::string_view rest = s;
+        for (bool first = true; first || !rest.empty(); first = false) {
+          const size_t comma = several ? rest.find(',') : std::string_view::npos;
+          const std::string_view item = rest.substr(0, comma);
+          const bool number = !first && !item.empty() && item.size() < 4 &&
+                              item.find_first_not_of("0123456789") == std::string_view::npos;
+          ok = ok && (number || is_device(item));
+          if (comma == std::string_view::npos) break;
+          rest.remove_prefix(comma + 1);
+          ok = ok && !rest.empty();
+        }
         return ok ? std::string()
-                  : fmt::format("expected auto, cpu, cuda or cuda:N, found \"{}\"", s);
+                  : fmt::format("expected auto, cpu, cuda{}, found \"{}\"",
+                                several ? ", cuda:N or a list such as cuda:0,1" : " or cuda:N", s);
       },
       "", "device");
   with_env(
@@ -148,8 +162,8 @@ void add_backend_flags(CLI::App& app, DeviceFlags& flags) {
       ->group(kDeviceGroup);
 }
 
-void add_device_flags(CLI::App& app, DeviceFlags& flags) {
-  add_backend_flags(app, flags);
+void add_device_flags(CLI::App& app, DeviceFlags& flags, bool several) {
+  add_backend_flags(app, flags, several);
   with_env(
       app.add_option("--dtype", flags.dtype, "Weights as auto (as in the file), f32, bf16, f16"))
       ->check(CLI::IsMember(kWeightTypes))

@@ -51,9 +51,10 @@ struct DeviceFlags {
   [[nodiscard]] std::optional<DType> weight_dtype() const;  ///< empty: auto
   [[nodiscard]] DType ssm_dtype() const;
 };
-void add_device_flags(CLI::App& app, DeviceFlags& flags);
+/// `several`: --device may be a list, such as cuda:0,1.
+void add_device_flags(CLI::App& app, DeviceFlags& flags, bool several = false);
 /// --device, --threads and --prefill-chunk alone.
-void add_backend_flags(CLI::App& app, DeviceFlags& flags);
+void add_backend_flags(CLI::App& app, DeviceFlags& flags, bool several = false);
 
 /// --dtype and --state-dtype as lists, for a command that tries several.
 struct DTypeLists {
@@ -110,6 +111,8 @@ class SamplingFlags {
   /// is drawn here. Errors: usage (a value out of range).
   [[nodiscard]] SampleParams params(const GenerationConfig& config) const;
   [[nodiscard]] LogitBias bias() const;
+  /// Empty where none was given; -1 asks for a random one.
+  [[nodiscard]] std::optional<int64_t> seed() const noexcept { return seed_; }
   /// Tokens to generate at most; -1 for no limit.
   [[nodiscard]] int64_t max_new_tokens(const GenerationConfig& config) const;
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "cli/console.h"
+#include "model/random_weights.h"
 
 namespace krait {
 
@@ -55,6 +56,22 @@ Session open_session(const ModelFlags& model, const DeviceFlags& device,
                 s.model->config().family, s.model->parameter_count(),
                 dtype_name(s.model->weight_dtype()), s.ops->info().name,
                 s.tokenizer ? s.tokenizer->description() : "no tokenizer", s.load_seconds);
+  return s;
+}
+
+Session open_random_session(const std::string& shape, const DeviceFlags& device) {
+  Session s;
+  s.source.name = shape;
+  const ModelConfig config = published_config(shape);
+  s.ops = open_device(device);
+  const bool cuda = s.ops->backend() == "cuda";
+  const DType dtype = device.weight_dtype().value_or(cuda ? DType::bf16 : DType::f32);
+  // The CPU uses the weights where they lie; a device gets a copy.
+  s.checkpoint = make_random_checkpoint(config, dtype, /*seed=*/0,
+                                        cuda ? RandomMemory::shared : RandomMemory::distinct);
+  const auto start = std::chrono::steady_clock::now();
+  s.model = load_model(config, *s.checkpoint, *s.ops, dtype);
+  s.load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return s;
 }
 

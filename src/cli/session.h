@@ -35,6 +35,9 @@ struct Session {
 [[nodiscard]] Session open_session(const ModelFlags& model, const DeviceFlags& device,
                                    const CommonFlags& common);
 
+/// A model of a published shape ("2.8b") with random weights, made in memory; no tokenizer.
+[[nodiscard]] Session open_random_session(const std::string& shape, const DeviceFlags& device);
+
 /// The ids of a prompt: encoded text (special tokens in it count as such, and what the tokenizer
 /// adds is added) or the ids given. Empty text is the start-of-text token. Errors: usage (an id
 /// outside the vocabulary, no start token), file (text without a tokenizer).
