@@ -8,14 +8,16 @@ import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import compare
 import readme_performance
-from peers.llama_cpp import batched_rows
+from peers.llama_cpp import LlamaCpp, batched_rows
 from plan import Test, make_plan
 from shapes import SHAPES
 from table import rate, report, tables
@@ -102,7 +104,7 @@ class Plan(unittest.TestCase):
         self.assertEqual(Test("130m", "generate", 4, 512, 8).tokens(), 32)
 
 
-class LlamaCpp(unittest.TestCase):
+class LlamaCppOutput(unittest.TestCase):
     def test_json_lines(self):
         text = 'log line\n{"pp": 4, "tg": 16, "pl": 8, "t_pp": 0.1, "t_tg": 0.5, "speed_tg": 256.0}\n'
         self.assertEqual(batched_rows(text), {8: 0.5})
@@ -112,6 +114,75 @@ class LlamaCpp(unittest.TestCase):
                 "|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|\n"
                 "|   128 |    128 |    2 |    512 |    0.198 |  1295.19 |    5.029 |    50.90 |    5.227 |    97.95 |\n")
         self.assertEqual(batched_rows(text), {2: 5.029})
+
+
+FAKE_LLAMA = """#!/usr/bin/env python3
+import json, os, sys
+a = sys.argv[1:]
+value = lambda flag: a[a.index(flag) + 1]
+if not os.path.exists(value("-m")):
+    sys.exit("no model")
+if sys.argv[0].endswith("llama-batched-bench"):
+    for b in value("-npl").split(","):
+        assert int(value("-c")) >= int(b) * (int(value("-npp")) + int(value("-ntg")))
+        if b != "64":
+            print(json.dumps({"pl": int(b), "tg": int(value("-ntg")), "t_tg": 0.001 * int(value("-ntg"))}))
+elif value("-p") != "0":
+    print(json.dumps([{"n_prompt": int(p), "n_gen": 0, "samples_ns": [2000000, 3000000]}
+                      for p in value("-p").split(",") if p != "8192"]))
+else:
+    print(json.dumps([{"n_prompt": 0, "n_gen": int(value("-n")), "samples_ns": [16000000]}]))
+"""
+
+
+class LlamaCppRuns(unittest.TestCase):
+    """The peer on programs that stand in for llama.cpp's."""
+
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = Path(self.folder.name)
+        self.program("llama-bench")
+        (self.path / "130m-f16.gguf").write_text("there")
+
+    def program(self, name):
+        file = self.path / name
+        file.write_text(FAKE_LLAMA)
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    def measure(self, tests):
+        options = {"llama_bench": str(self.path / "llama-bench"), "gguf_dir": str(self.path), "device": "cuda",
+                   "threads": 0, "repetitions": 2}
+        return dict(LlamaCpp("llama.cpp:f16", options).measure([asdict(t) for t in tests]))
+
+    def test_decode(self):
+        self.program("llama-batched-bench")
+        found = self.measure([Test("130m", "decode", b, 0, 128) for b in (1, 8, 64, 256)])
+        for i in (0, 1, 3):
+            self.assertAlmostEqual(found[i]["seconds"][0], 0.001)
+        self.assertIn("no row", found[2]["error"])
+        self.assertIn("-ngl 99", found[0]["command"])
+
+    def test_decode_without_the_batched_program(self):
+        found = self.measure([Test("130m", "decode", b, 0, 16) for b in (8, 1)])
+        self.assertIn("llama-batched-bench", found[0]["error"])
+        self.assertAlmostEqual(found[1]["seconds"][0], 0.001)
+
+    def test_prefill(self):
+        found = self.measure([Test("130m", "prefill", 1, p, 0) for p in (512, 8192, 2048)])
+        self.assertEqual(found[0]["seconds"], [0.002, 0.003])
+        self.assertIn("no row", found[1]["error"])
+        self.assertEqual(found[2]["seconds"], [0.002, 0.003])
+
+    def test_other_families(self):
+        found = self.measure([Test("mamba2-2.7b", "prefill", 1, 512, 0)])
+        self.assertIn("family", found[0]["error"])
+
+    def test_failure_is_a_sentence(self):
+        self.program("llama-batched-bench")
+        with unittest.mock.patch.object(LlamaCpp, "gguf", lambda peer, shape: "/no/such.gguf"):
+            found = self.measure([Test("130m", "decode", 1, 0, 16)])
+        self.assertEqual(found[0]["error"], "llama-batched-bench ended with exit code 1: no model")
 
 
 @unittest.skipIf(gguf_random is None, "numpy is not installed")

@@ -72,6 +72,17 @@ class LlamaCpp:
             yield from self.bench_rows(model, tests)
 
     def decode(self, model, tests):
+        if not Path(self.batched).exists():   # llama-bench alone decodes one sequence
+            one = [(i, t) for i, t in enumerate(tests) if t["batch"] == 1]
+            for i, t in one:
+                for _, result in self.bench_rows(model, [t]):
+                    if "seconds" in result:
+                        result["seconds"] = [s / t["n_gen"] for s in result["seconds"]]
+                    yield i, result
+            for i, t in enumerate(tests):
+                if t["batch"] > 1:
+                    yield i, {"error": "llama-batched-bench does not lie beside llama-bench"}
+            return
         done = 0
         for limit, steps in STEPS:
             part = [(i, t) for i, t in enumerate(tests) if done < t["batch"] <= limit]
@@ -101,8 +112,7 @@ class LlamaCpp:
         if tests[0]["kind"] == "prefill":
             command += ["-n", "0", "-p", ",".join(str(t["n_prompt"]) for t in tests)]
         else:
-            tests = [t for t in tests if t["batch"] == 1]   # it has one sequence only
-            command += ["-p", "0", "-n", "0", "-pg", f"{tests[0]['n_prompt']},{tests[0]['n_gen']}"]
+            command += ["-p", "0", "-n", str(tests[0]["n_gen"])]
         try:
             rows = json.loads(self.run(command))
         except (RuntimeError, OSError, ValueError) as e:
