@@ -6,21 +6,19 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <condition_variable>
-#include <deque>
 #include <exception>
 #include <limits>
-#include <map>
 #include <memory>
-#include <mutex>
+#include <span>
 #include <thread>
-#include <unordered_map>
 
 #include "base/output_file.h"
-#include "cli/batch_answer.h"
+#include "cli/batch_flags.h"
 #include "cli/batch_input.h"
+#include "cli/batch_jobs.h"
 #include "cli/batch_output.h"
+#include "cli/batch_queue.h"
+#include "cli/batch_status.h"
 #include "cli/command.h"
 #include "cli/console.h"
 #include "cli/json_out.h"
@@ -33,27 +31,6 @@ namespace krait {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-struct BatchFlags {
-  ModelFlags model;
-  DeviceFlags device;
-  SamplingFlags sampling;
-  std::string random_weights;
-  std::string input;
-  std::string output;
-  std::string errors;
-  std::string format = "auto";
-  bool ordered = false;
-  bool strict = false;
-  bool overwrite = false;
-  bool score = false;
-  bool print_ids = false;
-  std::string shared_prefix;
-  int64_t max_batch = 0;
-  std::string shard = "1/1";
-  std::vector<std::string> merge;
-  std::string summary;
-};
 
 /// "cuda:0,1" as "cuda:0", "cuda:1".
 std::vector<std::string> devices(const std::string& list) {
@@ -69,456 +46,12 @@ std::vector<std::string> devices(const std::string& list) {
   return all;
 }
 
-/// A seed of its own for each line that names none (splitmix64; 53 bits, so that JSON keeps them).
-uint64_t seed_of_line(uint64_t base, int64_t line) {
-  uint64_t z = base + static_cast<uint64_t>(line) * 0x9E3779B97F4A7C15U;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-  return (z ^ (z >> 31)) >> 11;
-}
-
-std::string errors_beside(const std::filesystem::path& output) {
-  std::filesystem::path p = output;
-  p.replace_filename(output.stem().string() + ".errors" + output.extension().string());
-  return p.string();
-}
-
-bool penalises(const SampleParams& p) {
-  return p.repeat_penalty != 1.0F || p.presence_penalty != 0.0F || p.frequency_penalty != 0.0F;
-}
-
-/// The output and the error file, and the order of lines where it matters.
-class Answers {
- public:
-  explicit Answers(const BatchFlags& flags)
-      : ordered_(flags.ordered), out_(flags.output, flags.overwrite) {
-    require_other_file(out_, flags.input);
-    std::string errors = flags.errors;
-    if (errors.empty() && out_.is_regular()) errors = errors_beside(flags.output);
-    if (errors.empty()) return;
-    errors_.emplace(errors, flags.overwrite);
-    require_other_file(*errors_, flags.input);
-    if (errors_->is(flags.output)) {
-      throw Error(ErrorKind::usage, "the output and the error file are the same");
-    }
-  }
-
-  /// Lines that an earlier run has answered; they are not asked again.
-  void resume() {
-    done_ = out_.resume();
-    if (errors_) failed_ = errors_->resume();
-  }
-  [[nodiscard]] bool is_done(int64_t line) const {
-    return done_.contains(line) || failed_.contains(line);
-  }
-  [[nodiscard]] int64_t n_done_before() const { return done_.size() + failed_.size(); }
-  [[nodiscard]] int64_t n_failed_before() const { return failed_.size(); }
-
-  /// In the order in which answers are to be written. Waits while too many are held back behind one
-  /// that takes long, unless `stop`.
-  void expect(int64_t line, const std::function<bool()>& stop) {
-    if (!ordered_) return;
-    constexpr size_t kMostHeld = 8192;
-    std::unique_lock lock(mutex_);
-    while (expected_.size() >= kMostHeld && !stop()) {
-      room_.wait_for(lock, std::chrono::milliseconds(100));
-    }
-    expected_.push_back(line);
-  }
-
-  void write(int64_t line, std::string text) {
-    ++written_;
-    if (!ordered_) return out_.append(text);
-    const std::lock_guard lock(mutex_);
-    held_.emplace(line, std::move(text));
-    flush();
-  }
-
-  void write_failure(int64_t line, std::string text) {
-    ++failures_;
-    if (errors_) {
-      errors_->append(text);
-      if (!ordered_) return;
-      text.clear();
-    } else if (!ordered_) {
-      return out_.append(text);
-    }
-    const std::lock_guard lock(mutex_);
-    held_.emplace(line, std::move(text));
-    flush();
-  }
-
-  [[nodiscard]] int64_t written() const { return written_; }
-  [[nodiscard]] int64_t failures() const { return failures_; }
-
-  void sync() {
-    out_.sync();
-    if (!errors_) return;
-    errors_->sync();
-    std::error_code ec;
-    if (std::filesystem::file_size(errors_->name(), ec) == 0 && !ec) {
-      std::filesystem::remove(errors_->name(), ec);
-    }
-  }
-  [[nodiscard]] std::string errors_name() const { return errors_ ? errors_->name() : out_.name(); }
-
- private:
-  static void require_other_file(const AppendFile& file, const std::string& input) {
-    if (!file.is(input)) return;
-    throw Error(ErrorKind::usage, fmt::format("{} is the input", file.name()),
-                "the output must be another file");
-  }
-
-  void flush() {
-    while (!expected_.empty()) {
-      const auto next = held_.find(expected_.front());
-      if (next == held_.end()) return;
-      if (!next->second.empty()) out_.append(next->second);
-      held_.erase(next);
-      expected_.pop_front();
-      room_.notify_one();
-    }
-  }
-
-  bool ordered_;
-  AppendFile out_;
-  std::optional<AppendFile> errors_;
-  LineSet done_;
-  LineSet failed_;
-  std::atomic<int64_t> written_ = 0;
-  std::atomic<int64_t> failures_ = 0;
-  std::mutex mutex_;
-  std::condition_variable room_;
-  std::deque<int64_t> expected_;         ///< lines asked, not yet written
-  std::map<int64_t, std::string> held_;  ///< answers that wait for an earlier one
-};
-
-/// Turns lines into jobs, by what the flags and the model's files say.
-class JobMaker {
- public:
-  JobMaker(const BatchFlags& flags, const Session& session)
-      : flags_(flags),
-        session_(session),
-        defaults_(flags.sampling.params(session.generation)),
-        bias_(flags.sampling.bias()),
-        max_tokens_(flags.sampling.max_new_tokens(session.generation)),
-        eos_(
-            end_of_text_ids(session.generation, session.model->config(), session.tokenizer.get())) {
-    // Random, but the same when the run resumes.
-    const int64_t seed = flags.sampling.seed().value_or(0);
-    if (seed < 0) {
-      throw Error(ErrorKind::usage, "--seed -1: a run that can resume needs a seed that stays",
-                  "give one, or none for 0");
-    }
-    base_seed_ = static_cast<uint64_t>(seed);
-  }
-
-  [[nodiscard]] BatchRules rules() const {
-    BatchRules r;
-    r.format = flags_.format == "openai"   ? BatchFormat::openai
-               : flags_.format == "simple" ? BatchFormat::simple
-               : flags_.format == "text"   ? BatchFormat::text
-                                           : BatchFormat::automatic;
-    r.score = flags_.score;
-    r.vocab = session_.model->config().vocab_size;
-    return r;
-  }
-
-  /// Error usage: a request that this model cannot answer.
-  void check(const BatchRequest& r) const {
-    if (r.chat) {
-      throw Error(ErrorKind::usage,
-                  "this model has no chat template: \"/v1/completions\" is expected");
-    }
-    const bool text = r.prompt.is_text || (r.continuation && r.continuation->is_text);
-    if (session_.tokenizer == nullptr && text) {
-      throw Error(ErrorKind::usage,
-                  "this model has no tokenizer: a prompt of token ids is expected");
-    }
-    if (session_.tokenizer == nullptr && !r.stops.value_or(flags_.sampling.stops).empty()) {
-      throw Error(ErrorKind::usage, "this model has no tokenizer: \"stop\" has no text to look at");
-    }
-  }
-
-  [[nodiscard]] SampleParams params(const BatchRequest& r, int64_t line) const {
-    SampleParams p = defaults_;
-    p.seed = seed_of_line(base_seed_, line);
-    p = r.params(p);
-    p.sequence = 0;
-    return p;
-  }
-  [[nodiscard]] int64_t max_tokens(const BatchRequest& r) const {
-    return r.max_tokens.value_or(max_tokens_);
-  }
-  [[nodiscard]] int64_t n_bias(const BatchRequest& r) const {
-    return std::ssize(r.bias.value_or(bias_)) + std::ssize(eos_);
-  }
-  [[nodiscard]] int n_logprobs(const BatchRequest& r) const {
-    return r.n_logprobs.value_or(flags_.sampling.logprobs.value_or(-1));
-  }
-
-  [[nodiscard]] std::vector<int32_t> encode(const BatchText& text) const {
-    Prompt prompt;
-    if (text.is_text) {
-      prompt.text = text.text;
-    } else {
-      prompt.ids = text.ids;
-    }
-    return prompt_ids(session_, prompt);
-  }
-
-  /// Error usage: as check(), where it takes the tokens to see it.
-  [[nodiscard]] BatchJob make(const BatchRequest& r, int64_t line) const {
-    BatchJob job;
-    job.key = line;
-    job.prompt = encode(r.prompt);
-    job.params = params(r, line);
-    if (flags_.score) {
-      job.score_from = std::ssize(job.prompt);
-      if (r.continuation->is_text) {
-        BatchText whole = r.prompt;
-        whole.text += r.continuation->text;
-        job.prompt = encode(whole);
-      } else {
-        job.prompt.insert(job.prompt.end(), r.continuation->ids.begin(), r.continuation->ids.end());
-      }
-      if (std::ssize(job.prompt) <= job.score_from) {
-        throw Error(ErrorKind::usage, "the continuation adds no token to the prompt");
-      }
-      return job;
-    }
-    job.n = r.n;
-    job.max_new_tokens = max_tokens(r);
-    job.bias = r.bias.value_or(bias_);
-    job.stops = r.stops.value_or(flags_.sampling.stops);
-    job.n_logprobs = n_logprobs(r);
-    if (r.ignore_eos.value_or(flags_.sampling.ignore_eos)) {
-      for (const int32_t id : eos_) job.bias.emplace_back(id, -INFINITY);
-    } else {
-      job.eos_ids = eos_;
-    }
-    return job;
-  }
-
-  /// Adds a line to what the engines must have room for.
-  void survey(const BatchRequest& r, int64_t line, Survey& s) const {
-    const SampleParams p = params(r, line);
-    s.n_sequence += r.n;
-    if (penalises(p)) {
-      s.penalties = true;
-      const int64_t all = std::ssize(r.prompt.text) + std::ssize(r.prompt.ids) + 1 +
-                          std::max<int64_t>(max_tokens(r), 4096);
-      constexpr int64_t kMost = 1 << 20;
-      const int64_t window = p.repeat_last_n < 0 ? all : p.repeat_last_n;
-      s.window = std::clamp<int64_t>(window, s.window, kMost);
-    }
-    s.n_bias = std::max(s.n_bias, n_bias(r));
-    s.logprobs = s.logprobs || n_logprobs(r) >= 0;
-    constexpr size_t kExamples = 8;
-    if (s.examples.size() < kExamples) s.examples.push_back(r.prompt);
-    if (s.n_sequence == r.n) {
-      s.common = r.prompt;
-    } else if (s.common.is_text != r.prompt.is_text) {
-      s.common = {};
-    } else {
-      const auto shorten = [](auto& common, const auto& other) {
-        const auto ends = std::mismatch(common.begin(), common.end(), other.begin(), other.end());
-        common.erase(ends.first, common.end());
-      };
-      shorten(s.common.text, r.prompt.text);
-      shorten(s.common.ids, r.prompt.ids);
-    }
-  }
-
-  /// The ids that all examples begin with, of those of `text`.
-  [[nodiscard]] std::vector<int32_t> prefix_ids(BatchText text, const Survey& s) const {
-    // A text cut inside a character has other tokens at its end, and so may any: what counts is
-    // what the prompts' own ids begin with.
-    while (text.is_text && !text.text.empty()) {
-      try {
-        require_utf8(text.text, "prefix");
-        break;
-      } catch (const Error&) {
-        text.text.pop_back();
-      }
-    }
-    if (text.empty()) return {};
-    std::vector<int32_t> ids = encode(text);
-    for (const BatchText& example : s.examples) {
-      const std::vector<int32_t> other = encode(example);
-      if (other.empty() || ids.empty() || other[0] != ids[0]) continue;  // does not share it
-      const auto ends = std::mismatch(ids.begin(), ids.end(), other.begin(), other.end());
-      ids.erase(ends.first, ids.end());
-    }
-    return ids;
-  }
-
- private:
-  const BatchFlags& flags_;
-  const Session& session_;
-  SampleParams defaults_;
-  LogitBias bias_;
-  int64_t max_tokens_;
-  std::vector<int32_t> eos_;
-  uint64_t base_seed_ = 0;
-};
-
-/// The queue between the reader and the engines, with what is known of the jobs in them.
-class Queue : public BatchJobs {
- public:
-  explicit Queue(size_t room) : room_(room) {}
-
-  std::optional<BatchJob> take(bool wait) override {
-    std::unique_lock lock(mutex_);
-    // Ctrl-C notifies nobody.
-    while (wait && jobs_.empty() && !closed_ && !InterruptGuard::requested()) {
-      filled_.wait_for(lock, std::chrono::milliseconds(100));
-    }
-    if (jobs_.empty()) return std::nullopt;
-    BatchJob job = std::move(jobs_.front());
-    jobs_.pop_front();
-    emptied_.notify_one();
-    return job;
-  }
-
-  /// False when nobody takes jobs any more.
-  bool put(Asked asked, BatchJob job) {
-    std::unique_lock lock(mutex_);
-    while (jobs_.size() >= room_ && !stopping()) {
-      emptied_.wait_for(lock, std::chrono::milliseconds(100));
-    }
-    if (stopping()) return false;
-    asked_.emplace(job.key, std::move(asked));
-    jobs_.push_back(std::move(job));
-    filled_.notify_one();
-    return true;
-  }
-
-  /// No more jobs come.
-  void close() {
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
-    filled_.notify_all();
-  }
-  /// Somebody failed: everybody ends.
-  void stop(std::exception_ptr error) {
-    const std::lock_guard lock(mutex_);
-    if (!error_) error_ = std::move(error);
-    stopped_ = closed_ = true;
-    jobs_.clear();
-    filled_.notify_all();
-    emptied_.notify_all();
-  }
-  [[nodiscard]] bool stopping() const { return stopped_ || InterruptGuard::requested(); }
-  void rethrow() const {
-    if (error_) std::rethrow_exception(error_);
-  }
-
-  Asked answered(int64_t key) {
-    const std::lock_guard lock(mutex_);
-    const auto it = asked_.find(key);
-    Asked a = std::move(it->second);
-    asked_.erase(it);
-    return a;
-  }
-
- private:
-  size_t room_;
-  std::mutex mutex_;
-  std::condition_variable filled_;
-  std::condition_variable emptied_;
-  std::deque<BatchJob> jobs_;
-  std::unordered_map<int64_t, Asked> asked_;
-  bool closed_ = false;
-  std::atomic<bool> stopped_ = false;
-  std::exception_ptr error_;
-};
-
 Asked asked_of(const BatchRequest& r, int64_t line) {
   return {line, r.format, r.id, r.has_id, r.chat, r.model};
 }
 Asked asked_of(const BadLine& bad, int64_t line) {
   return {line, bad.format, bad.id, bad.has_id, false, {}};
 }
-
-/// A line on stderr while the run lasts: how far it is, how fast, how full.
-class Status {
- public:
-  Status(bool enabled, int64_t n_line, const Answers& answers,
-         const std::deque<BatchProgress>& engines)
-      : enabled_(enabled && stderr_is_terminal()),
-        n_line_(n_line),
-        answers_(answers),
-        engines_(engines) {
-    if (enabled_) thread_ = std::thread([this] { run(); });
-  }
-  ~Status() {
-    if (!enabled_) return;
-    {
-      const std::lock_guard lock(mutex_);
-      end_ = true;
-    }
-    changed_.notify_one();
-    thread_.join();
-    std::fputs("\r\x1b[K", stderr);
-  }
-  Status(const Status&) = delete;
-  Status& operator=(const Status&) = delete;
-
- private:
-  void run() {
-    std::unique_lock lock(mutex_);
-    int64_t tokens_before = 0;
-    double at_before = 0;
-    double rate = 0;
-    while (!changed_.wait_for(lock, std::chrono::milliseconds(500), [this] { return end_; })) {
-      const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
-      const int64_t done = answers_.written() + answers_.failures();
-      int64_t tokens = 0;
-      int64_t running = 0;
-      int64_t waiting = 0;
-      for (const BatchProgress& p : engines_) {
-        tokens += p.prompt_tokens + p.generated_tokens;
-        running += p.running;
-        waiting += p.waiting;
-      }
-      // The last few seconds count most.
-      const double now = static_cast<double>(tokens - tokens_before) / (seconds - at_before);
-      rate = tokens_before == 0 ? now : 0.8 * rate + 0.2 * now;
-      tokens_before = tokens;
-      at_before = seconds;
-      const double lines_per_second = static_cast<double>(done) / seconds;
-      std::string text = "\r";
-      if (n_line_ >= 0) {
-        constexpr int64_t kWidth = 20;
-        const int64_t filled = n_line_ == 0 ? kWidth : kWidth * done / n_line_;
-        text += fmt::format("[{:#<{}}{:.<{}}] {} of {}", "", filled, "", kWidth - filled, done,
-                            n_line_);
-      } else {
-        text += fmt::format("{} lines", done);
-      }
-      text += fmt::format(", {:.1f}/s", lines_per_second);
-      if (n_line_ >= 0 && done > 0) {
-        const auto left =
-            static_cast<int64_t>(static_cast<double>(n_line_ - done) / lines_per_second);
-        text += fmt::format(", {}:{:02}:{:02} left", left / 3600, left / 60 % 60, left % 60);
-      }
-      text += fmt::format("; {} running, {} waiting; {:.0f} tok/s\x1b[K", running, waiting, rate);
-      std::fputs(text.c_str(), stderr);
-      std::fflush(stderr);
-    }
-  }
-
-  bool enabled_;
-  int64_t n_line_;
-  const Answers& answers_;
-  const std::deque<BatchProgress>& engines_;
-  Clock::time_point start_ = Clock::now();
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool end_ = false;
-  std::thread thread_;
-};
 
 class BatchCommand {
  public:
@@ -556,11 +89,12 @@ class BatchCommand {
     const std::vector<int32_t> prefix = shared_prefix(maker, survey);
 
     const auto start = Clock::now();
-    Queue queue(256);
+    JobQueue queue(256);
     std::deque<BatchProgress> progress(devices_.size());
     std::vector<std::thread> threads;
     {
-      const Status status(!common_.quiet, input.is_file() ? survey.n_line : -1, answers, progress);
+      const BatchStatus status(!common_.quiet, input.is_file() ? survey.n_line : -1, answers,
+                               progress);
       threads.emplace_back([&] { guarded(queue, [&] { produce(maker, input, answers, queue); }); });
       for (size_t i = 1; i < devices_.size(); ++i) {
         threads.emplace_back([&, i] {
@@ -599,7 +133,7 @@ class BatchCommand {
 
   /// Runs one thread's share; its failure ends all.
   template <typename F>
-  static void guarded(Queue& queue, F&& f) {
+  static void guarded(JobQueue& queue, F&& f) {
     try {
       f();
     } catch (...) {
@@ -664,7 +198,7 @@ class BatchCommand {
     return ids;
   }
 
-  void produce(const JobMaker& maker, LineReader& in, Answers& answers, Queue& queue) const {
+  void produce(const JobMaker& maker, LineReader& in, Answers& answers, JobQueue& queue) const {
     RequestReader reader(maker.rules(), [&](const BatchRequest& r) { maker.check(r); });
     std::string line;
     while (!queue.stopping() && in.next(line)) {
@@ -744,7 +278,7 @@ class BatchCommand {
   }
 
   void work(const Session& session, const Session& first, const Survey& survey,
-            const std::vector<int32_t>& prefix, Answers& answers, Queue& queue,
+            const std::vector<int32_t>& prefix, Answers& answers, JobQueue& queue,
             BatchProgress& progress) const {
     const EngineOptions options = engine_options(session, first, survey, !prefix.empty());
     Engine engine(*session.model, *session.ops, options);

@@ -69,7 +69,7 @@ int64_t answered_line(const std::string& line) {
   return n > 0 && n < kMost ? n : 0;
 }
 
-AppendFile::AppendFile(const std::string& file, bool overwrite)
+AppendFile::AppendFile(const std::string& file)
     : name_(file == "-" ? "stdout" : file), is_stdout_(file == "-") {
   if (is_stdout_) return;
   fd_ = open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
@@ -85,11 +85,6 @@ AppendFile::AppendFile(const std::string& file, bool overwrite)
   }
   struct stat info {};
   is_regular_ = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);
-  if (overwrite && is_regular_ && ftruncate(fd_, 0) != 0) {
-    const Error error = cannot("write", name_);
-    close(fd_);
-    throw error;
-  }
 }
 
 AppendFile::~AppendFile() {
@@ -129,6 +124,10 @@ LineSet AppendFile::resume() {
   if (in.bad()) throw cannot("read", name_);
   if (ftruncate(fd_, whole) != 0) throw cannot("write", name_);
   return done;
+}
+
+void AppendFile::clear() {
+  if (is_regular_ && ftruncate(fd_, 0) != 0) throw cannot("write", name_);
 }
 
 void AppendFile::append(std::string_view text) {

@@ -30,7 +30,7 @@ class AppendFile {
  public:
   /// `-` is stdout, which is neither locked nor resumed. Errors: file (cannot be opened; another
   /// run holds the lock).
-  AppendFile(const std::string& file, bool overwrite);
+  explicit AppendFile(const std::string& file);
   ~AppendFile();
   AppendFile(const AppendFile&) = delete;
   AppendFile& operator=(const AppendFile&) = delete;
@@ -38,6 +38,9 @@ class AppendFile {
   /// The input lines that the file's lines answer (answered_line()). Removes a last line without an
   /// end. Errors: format (a line that no run has written).
   [[nodiscard]] LineSet resume();
+
+  /// Removes all lines.
+  void clear();
 
   /// Appends text, which ends with a line break, as one. May be called by several threads. Errors:
   /// runtime (the disk is full, ...).

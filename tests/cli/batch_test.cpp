@@ -243,7 +243,9 @@ TEST_F(BatchTest, WrongFilesAreSentences) {
   fails({"-i", in, "-o", path("o"), "--summary", path("none/s")}, 3, "cannot write");
   fails({"-i", in, "-o", path("o"), "--shard", "3/2"}, 2, "--shard");
   fails({"-i", in, "-o", path("o"), "--seed", "-1"}, 2, "seed");
-  fails({"-i", in, "-o", path("o"), "--errors", path("o")}, 3, "another run");
+  fails({"-i", in, "-o", path("o"), "--errors", path("o")}, 2, "the same");
+  fails({"-i", in, "-o", in, "--overwrite"}, 2, "is the input");
+  EXPECT_EQ(read("in.txt"), "Once\n");
   fails({"-i", "-", "-o", path("o"), "--shared-prefix", "auto"}, 2, "file");
   fails({"-i", in, "-o", "/dev/full", "-n", "1"}, 1, "No space left");
   // A file that is no output of a batch is not touched.
