@@ -14,7 +14,7 @@ say() { echo "setup: $*" >&2; }
 # One line for each kind; cmake/dependencies.cmake looks for what is named here.
 packages="g++ cmake ninja-build ccache pkg-config git ca-certificates
   libcli11-dev libspdlog-dev libfmt-dev nlohmann-json3-dev
-  libsentencepiece-dev libpcre2-dev libutf8proc-dev libhwy-dev
+  libsentencepiece-dev libpcre2-dev libutf8proc-dev libhwy-dev libxxhash-dev
   libgtest-dev libgmock-dev librapidcheck-dev"
 cuda=no
 for arg in "$@"; do
