@@ -166,7 +166,8 @@ class Ceilings {
 
   /// Before the first model takes the memory.
   void measure() {
-    if (!flags_.no_ceilings) memory_ = measure_memory(*open_device(flags_.device));
+    if (flags_.no_ceilings) return;
+    or_without([&] { memory_ = measure_memory(*open_device(flags_.device)); });
   }
 
   /// Fills in the row's work and floor. The steps of a mixed test add up.
@@ -178,20 +179,31 @@ class Ceilings {
     const Work prompt = t.n_prompt > 0 ? prefill_work(c, types, t.n_batch, t.n_prompt) : Work{};
     const Work step = decode_work(c, types, t.n_batch);
     row.work = prompt;
-    for (int64_t i = 0; i < t.n_steps(); ++i) *row.work += step;
+    *row.work += t.n_steps() * step;
     if (!memory_) return;
-    auto at = products_.find(row.model.dtype);
-    if (at == products_.end()) {
-      at = products_.emplace(row.model.dtype, measure_product(op, row.model.dtype)).first;
+    if (!products_.contains(types.weights)) {
+      or_without([&] { products_[types.weights] = measure_product(op, types.weights); });
+      if (!memory_) return;
     }
     const double bytes = memory_->copy;
-    const double flops = at->second;
+    const double flops = products_[types.weights];
     row.floor = {*memory_, flops,
                  floor_seconds(prompt, bytes, flops) +
                      static_cast<double>(t.n_steps()) * floor_seconds(step, bytes, flops)};
   }
 
  private:
+  /// The rates can be measured without the ceilings, so a device too full for these is no failure.
+  template <typename F>
+  void or_without(F&& measure_one) {
+    try {
+      measure_one();
+    } catch (const Error& e) {
+      memory_.reset();
+      spdlog::warn("no share of the floor: {}", e.message());
+    }
+  }
+
   const BenchFlags& flags_;
   std::optional<MemoryCeiling> memory_;
   std::map<DType, double> products_;

@@ -42,6 +42,10 @@ struct Work {
     scan += o.scan;
     return *this;
   }
+  friend Work operator*(int64_t n, const Work& w) {
+    const auto f = static_cast<double>(n);
+    return {f * w.bytes, f * w.products, f * w.scan};
+  }
 };
 
 /// The types that decide the bytes.

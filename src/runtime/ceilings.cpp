@@ -52,6 +52,9 @@ Tensor random_matrix(Ops& op, const Buffer& memory, DType dtype, int64_t n) {
 MemoryCeiling measure_memory(Ops& op) {
   const size_t largest = op.backend() == "cpu" ? size_t{1} << 28 : size_t{1} << 30;
   const size_t bytes = std::min(largest, op.info().memory_free / 4) & ~size_t{0xff};
+  if (bytes < size_t{1} << 20) {
+    throw Error(ErrorKind::device, "too little memory is free to measure its speed");
+  }
   const Buffer a = op.allocate(bytes, "measuring the memory");
   const Buffer b = op.allocate(bytes, "measuring the memory");
   const Buffer sum = op.allocate(sizeof(uint32_t), "measuring the memory");

@@ -184,6 +184,8 @@ TEST(Cost, AddsUp) {
   sum += four;
   EXPECT_DOUBLE_EQ(sum.bytes, one.bytes + four.bytes);
   EXPECT_DOUBLE_EQ(sum.flops(), one.flops() + four.flops());
+  EXPECT_DOUBLE_EQ((3 * one).bytes, 3 * one.bytes);
+  EXPECT_DOUBLE_EQ((3 * one).flops(), 3 * one.flops());
 }
 
 /// The counts are those of the tensors that a model loads; biases of the projections, which no
