@@ -13,6 +13,7 @@
 #include "cli/model_source.h"
 #include "model/export.h"
 #include "model/model.h"
+#include "tokenizer/chat_template.h"
 
 namespace krait {
 
@@ -127,6 +128,9 @@ void write_gguf_file(const Conversion& c, const fs::path& file) {
   const int64_t rows = c.model->config().vocab_rows;
   if (c.with_tokenizer && c.tokenizer) {
     add_vocabulary_keys(read_gguf_vocabulary(*c.tokenizer), rows, keys);
+    if (const auto t = chat_template_source(c.tokenizer->parent_path())) {
+      keys.text("tokenizer.chat_template", *t);
+    }
   } else if (c.with_tokenizer && metadata != nullptr && has_vocabulary(*metadata)) {
     const GgufVocabulary v = gguf_vocabulary(*metadata);
     (void)make_gguf_tokenizer(v);  // refuses what is damaged

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <memory>
 
+#include "cli/chat.h"
 #include "cli/command.h"
 #include "cli/console.h"
 #include "cli/json_out.h"
@@ -20,6 +21,9 @@ struct RunFlags {
   ModelFlags model;
   DeviceFlags device;
   PromptFlags prompt;
+  bool chat = false;
+  std::string system;
+  std::string chat_template;
   SamplingFlags sampling;
   bool json = false;
   bool print_ids = false;
@@ -91,6 +95,16 @@ EngineOptions options_of_engine(const RunFlags& flags, const Session& session,
   return o;
 }
 
+/// The prompt of one message, after the system's where there is one.
+std::vector<int32_t> message_ids(const Session& session, const RunFlags& flags,
+                                 const std::string& text) {
+  require_utf8(flags.system, "--system");
+  OrderedJson messages = OrderedJson::array();
+  if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", flags.system}});
+  messages.push_back({{"role", "user"}, {"content", text}});
+  return chat_ids(session, find_chat(session, flags.chat_template), messages);
+}
+
 int run(const RunFlags& flags, const CommonFlags& common) {
   const SamplingFlags& sampling = flags.sampling;
   if (sampling.logprobs && !flags.json) {
@@ -100,12 +114,19 @@ int run(const RunFlags& flags, const CommonFlags& common) {
     throw Error(ErrorKind::usage, "--print-ids and --json exclude each other",
                 "the JSON has the ids");
   }
+  if (!flags.chat && (!flags.system.empty() || !flags.chat_template.empty())) {
+    throw Error(ErrorKind::usage, "--system and --chat-template mean nothing without --chat");
+  }
   const Prompt prompt = flags.prompt.read();
+  if (flags.chat && !prompt.text) {
+    throw Error(ErrorKind::usage, "--chat takes a message as text, not --ids");
+  }
   const LogitBias user_bias = sampling.bias();
 
   Session session = open_session(flags.model, flags.device, common);
   const ModelConfig& config = session.model->config();
-  const std::vector<int32_t> ids = prompt_ids(session, prompt);
+  const std::vector<int32_t> ids =
+      flags.chat ? message_ids(session, flags, *prompt.text) : prompt_ids(session, prompt);
   const SampleParams params = sampling.params(session.generation);
   spdlog::debug("seed {}, temperature {}, top-k {}, top-p {}, min-p {}, typical-p {}", params.seed,
                 params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p);
@@ -120,9 +141,11 @@ int run(const RunFlags& flags, const CommonFlags& common) {
   options.stops = sampling.stops;
   options.n_logprobs = sampling.logprobs.value_or(-1);
   options.eos_ids = end_of_text_ids(session.generation, config, tokenizer);
-  options.at_start = tokenizer != nullptr && std::all_of(ids.begin(), ids.end(), [&](int32_t id) {
+  // An answer in a chat is a text of its own.
+  options.at_start =
+      flags.chat || (tokenizer != nullptr && std::all_of(ids.begin(), ids.end(), [&](int32_t id) {
                        return tokenizer->is_special(id);
-                     });
+                     }));
   LogitBias bias = user_bias;
   if (sampling.ignore_eos) {
     for (const int32_t id : options.eos_ids) bias.emplace_back(id, -INFINITY);
@@ -202,6 +225,14 @@ Command add_run_command(CLI::App& app, CommonFlags& common) {
   CLI::App* sub = app.add_subcommand("run", "Generate text, streamed to stdout");
   auto flags = std::make_shared<RunFlags>();
   flags->prompt.add(*sub, /*positional=*/true, /*trim=*/true);
+  with_env(sub->add_flag("--chat", flags->chat,
+                         "The prompt is a message to a chat model, put into its template"));
+  with_env(
+      sub->add_option("--system", flags->system, "With --chat: the system's message before it"))
+      ->type_name("TEXT");
+  with_env(sub->add_option("--chat-template", flags->chat_template,
+                           "With --chat: a Jinja template instead of the model's own"))
+      ->type_name("FILE");
   with_env(sub->add_flag("--json", flags->json, "One JSON object instead of text"));
   with_env(sub->add_flag("--print-ids", flags->print_ids, "Token ids instead of text"));
   add_model_flags(*sub, flags->model);

@@ -2,7 +2,10 @@
 
 #include <sentencepiece_processor.h>
 
+#include <algorithm>
+#include <array>
 #include <exception>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 
@@ -70,7 +73,12 @@ class SentencePieceTokenizer : public Tokenizer {
     }
 
     for (size_t id = 0; id < model_.pieces.size(); ++id) {
-      ids_.emplace(model_.pieces[id].text, static_cast<int32_t>(id));
+      const auto& piece = model_.pieces[id];
+      ids_.emplace(piece.text, static_cast<int32_t>(id));
+      if (piece.type == Type::control) {
+        control_starts_[static_cast<unsigned char>(piece.text[0])] = true;
+        longest_control_ = std::max(longest_control_, piece.text.size());
+      }
     }
     bos_ = known(names.bos, processor_.bos_id());
     eos_ = known(names.eos, processor_.eos_id());
@@ -90,9 +98,10 @@ class SentencePieceTokenizer : public Tokenizer {
     std::string repaired;
     if (!unicode::is_valid(text)) text = repaired = unicode::to_valid(text);
     std::vector<int> ids;
-    const auto status = processor_.Encode({text.data(), text.size()}, &ids);
-    if (!status.ok()) {
-      throw Error(ErrorKind::runtime, "the text cannot be encoded: " + status.ToString());
+    if (options.rendered) {
+      encode_rendered(text, ids);
+    } else {
+      encode_plain(processor_, text, ids);
     }
     if (options.add_special && add_bos_) ids.insert(ids.begin(), *bos_);
     if (options.add_special && add_eos_) ids.push_back(*eos_);
@@ -149,6 +158,58 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
  private:
+  using Processor = sentencepiece::SentencePieceProcessor;
+
+  static void encode_plain(const Processor& processor, std::string_view text,
+                           std::vector<int>& ids) {
+    std::vector<int> more;
+    const auto status = processor.Encode({text.data(), text.size()}, &more);
+    if (!status.ok()) {
+      throw Error(ErrorKind::runtime, "the text cannot be encoded: " + status.ToString());
+    }
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+
+  /// Cuts the text at control pieces. What stands between two of them is no beginning of a text, so
+  /// it gets no space in front.
+  void encode_rendered(std::string_view text, std::vector<int>& ids) const {
+    std::call_once(bare_once_, [this] {
+      // A field that comes twice is merged: this overrides normalizer_spec.add_dummy_prefix.
+      constexpr std::string_view kNoDummyPrefix("\x1a\x02\x18\x00", 4);
+      const std::string model = processor_.serialized_model_proto().append(kNoDummyPrefix);
+      const auto status = bare_.LoadFromSerializedProto({model.data(), model.size()});
+      if (!status.ok()) throw Error(ErrorKind::runtime, "internal error: " + status.ToString());
+    });
+    size_t begin = 0;
+    const auto flush = [&](size_t end) {
+      if (end > begin) {
+        encode_plain(begin == 0 ? processor_ : bare_, text.substr(begin, end - begin), ids);
+      }
+    };
+    for (size_t at = 0; at < text.size();) {
+      const std::optional<int32_t> control = control_at(text.substr(at, longest_control_));
+      if (!control) {
+        ++at;
+        continue;
+      }
+      flush(at);
+      ids.push_back(*control);
+      at += model_.pieces[static_cast<size_t>(*control)].text.size();
+      begin = at;
+    }
+    flush(text.size());
+  }
+
+  /// The longest control piece that `text` begins with.
+  [[nodiscard]] std::optional<int32_t> control_at(std::string_view text) const {
+    if (!control_starts_[static_cast<unsigned char>(text[0])]) return std::nullopt;
+    for (; !text.empty(); text.remove_suffix(1)) {
+      const auto id = token_id(text);
+      if (id && is_special(*id)) return id;
+    }
+    return std::nullopt;
+  }
+
   [[nodiscard]] const SentencePieceModel::Piece* find(int32_t id) const {
     if (id < 0 || id >= vocab_size()) return nullptr;
     return &model_.pieces[static_cast<size_t>(id)];
@@ -164,7 +225,11 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
   SentencePieceModel model_;
-  sentencepiece::SentencePieceProcessor processor_;
+  Processor processor_;
+  mutable std::once_flag bare_once_;
+  mutable Processor bare_;  ///< without the dummy prefix; made when first needed
+  std::array<bool, 256> control_starts_{};
+  size_t longest_control_ = 1;
   std::unordered_map<std::string_view, int32_t> ids_;  // keys are views of model_.pieces
   std::optional<int32_t> bos_;
   std::optional<int32_t> eos_;

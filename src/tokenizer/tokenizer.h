@@ -17,6 +17,9 @@ struct EncodeOptions {
   bool add_special = false;
   /// Recognise special tokens written in the text (`<|endoftext|>`). Off for untrusted text.
   bool parse_special = true;
+  /// The text was rendered by a chat template: SentencePiece, which elsewhere never finds control
+  /// pieces in a text, finds them here, and puts its space in front of the text's beginning only.
+  bool rendered = false;
 };
 
 class Tokenizer {

@@ -587,5 +587,53 @@ TEST(RunTokenizer, BesideTheModel) {
             out(run_text({"-p", "Hello", "--greedy", "-n", "4"})));
 }
 
+/// A chat model: random weights, GPT-NeoX's tokenizer and a template.
+std::filesystem::path chat_model(const ScratchDir& dir) {
+  const auto folder = copy_model(dir, "mamba1-neox-vocab");
+  std::filesystem::copy_file(neox_tokenizer(), folder / "tokenizer.json");
+  write_file(folder / "tokenizer_config.json",
+             R"({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template":
+                 "{% for m in messages %}{{ m.role + ':' + m.content + '|' }}{% endfor %}A:"})");
+  return folder;
+}
+
+TEST(Chat, PutsThePromptIntoTheTemplate) {
+  const ScratchDir dir;
+  const auto model = chat_model(dir);
+  const auto prompt_ids = [&](const Args& more) {
+    const RunResult r =
+        run_krait(Args{"run", "-m", model.string(), "--json", "-n", "1", "--device", "cpu"} + more);
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    return Json::parse(r.out)["prompt_ids"];
+  };
+  EXPECT_EQ(prompt_ids({"--chat", "Hello"}), prompt_ids({"user:Hello|A:"}));
+  EXPECT_EQ(prompt_ids({"--chat", "--system", "Be brief", "Hello"}),
+            prompt_ids({"system:Be brief|user:Hello|A:"}));
+  write_file(dir.path() / "t.jinja", "{{ bos_token }}{{ messages[0]['content'] }}");
+  EXPECT_EQ(prompt_ids({"--chat", "--chat-template", (dir.path() / "t.jinja").string(), "Hello"}),
+            prompt_ids({"<|endoftext|>Hello"}));
+  // The template goes along into a GGUF file, and out of it again.
+  const std::string gguf = (dir.path() / "m.gguf").string();
+  ASSERT_EQ(run_krait({"convert", model.string(), gguf}).exit_code, 0);
+  const RunResult r = run_krait({"run", "-m", gguf, "--json", "-n", "1", "--chat", "Hello"});
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  EXPECT_EQ(Json::parse(r.out)["prompt_ids"], prompt_ids({"user:Hello|A:"}));
+}
+
+TEST(Chat, WhatIsMissingIsSaid) {
+  const ScratchDir dir;
+  const RunResult none = run_krait(run_text({"--chat", "Hello"}));
+  EXPECT_EQ(none.exit_code, 3);
+  EXPECT_THAT(none.err, HasSubstr("has no chat template"));
+  EXPECT_EQ(run_krait(run_text({"--system", "x", "Hello"})).exit_code, 2);
+  EXPECT_EQ(run_krait(run_ids({"--chat"})).exit_code, 2);
+  const auto model = chat_model(dir);
+  write_file(model / "chat_template.jinja", "{{ raise_exception('no system here') }}");
+  const RunResult refused = run_krait({"run", "-m", model.string(), "--chat", "Hello"});
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("no system here"));
+  EXPECT_EQ(refused.out, "");
+}
+
 }  // namespace
 }  // namespace krait::test
