@@ -140,7 +140,7 @@ nlohmann::ordered_json ModelExport::hugging_face_config() const {
   // As the decimal that was meant: 1e-05, not 9.999999747378752e-06.
   const auto decimal = [](float v) { return std::stod(fmt::format("{}", v)); };
   j["layer_norm_epsilon"] = decimal(c.norm_eps);
-  if (c.mixer_norm_eps > 0) j["mixer_rms_eps"] = decimal(c.mixer_norm_eps);
+  if (c.dt_rank > 0 && c.mixer_norm_eps > 0) j["mixer_rms_eps"] = decimal(c.mixer_norm_eps);
   j["hidden_act"] = "silu";
   j["use_bias"] = is_there("mixer.in_proj.bias");
   j["use_conv_bias"] = is_there("mixer.conv1d.bias");
