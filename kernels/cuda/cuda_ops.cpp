@@ -169,11 +169,12 @@ class CudaOps final : public Ops {
   }
   void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
                 const Batch& batch) override {
-    if (batch.max_len == 1) {
-      cuda::ssd_state_update(y, in, ssm_state, batch, stream_);
-    } else {
-      cuda::ssd_scan_steps(y, in, ssm_state, batch, stream_);
+    if (batch.max_len == 1) return cuda::ssd_state_update(y, in, ssm_state, batch, stream_);
+    if (ssd_scratch_.data() == nullptr) {
+      ssd_scratch_ = allocate(ssd_scratch_bytes(), "states of the scan's segments");
     }
+    if (cuda::ssd_scan_chunks(y, in, ssm_state, batch, ssd_scratch_.data(), stream_)) return;
+    cuda::ssd_scan_steps(y, in, ssm_state, batch, stream_);
   }
   void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
                       int64_t n_group, float eps) override {
@@ -339,6 +340,7 @@ class CudaOps final : public Ops {
   WeightStream weights_;
   Staging staging_;
   std::unique_ptr<Gemm> gemm_;
+  Buffer ssd_scratch_;
   Buffer mailbox_host_;
   Buffer mailbox_counters_;
   Mailbox mailbox_;

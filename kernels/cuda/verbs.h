@@ -35,7 +35,12 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                             const Batch& batch, cudaStream_t stream);
 
 // mamba2_*.cu
-/// Any lengths, token after token.
+/// Any lengths, by chunks on tensor cores; false, and nothing done, where the types or sizes are
+/// not built. `scratch` has ssd_scratch_bytes().
+[[nodiscard]] bool ssd_scan_chunks(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
+                                   const Batch& batch, void* scratch, cudaStream_t stream);
+[[nodiscard]] size_t ssd_scratch_bytes();
+/// Any lengths and sizes, token after token in f32.
 void ssd_scan_steps(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
                     const Batch& batch, cudaStream_t stream);
 /// One token per sequence.

@@ -1,0 +1,103 @@
+// Warp-wide matrix products on 16-bit types (mma.sync m16n8k16, f32 accumulation), and how their
+// operands come: 16-byte copies to shared memory in the background, and ldmatrix from there.
+//
+// In a warp, g = lane / 4 and q = lane % 4. The fragments of one product, two elements a register:
+//   A [16, 16]  a[0] (g, 2q..)  a[1] (g + 8, 2q..)  a[2] (g, 2q + 8..)  a[3] (g + 8, 2q + 8..)
+//   B [16, 8]   b0 (2q.., g)    b1 (2q + 8.., g)    rows are k
+//   C [16, 8]   c[0], c[1] (g, 2q..)   c[2], c[3] (g + 8, 2q..)
+// So the C fragments of two neighbouring products are, rounded, the A fragment of the next.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+
+namespace krait::cuda {
+
+/// Copies 16 bytes; zeros where `inside` is false (then nothing is read).
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside) {
+#if __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes));
+#endif
+}
+
+/// Ends a group of copies.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;");
+#endif
+}
+
+/// Waits until no more than `n` of this thread's latest groups are under way.
+template <int n>
+__device__ __forceinline__ void await_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+/// Four 8 x 8 matrices: lane i gives the address of row i % 8 of matrix i / 8; register m holds
+/// elements (g, 2q..) of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared) {
+#if __CUDA_ARCH__ >= 800
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
+
+/// The same, each matrix transposed: register m holds elements (2q.., g) of what lies there.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* shared) {
+#if __CUDA_ARCH__ >= 800
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
+
+/// c += A * B
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+/// Two neighbours in one register, the first in the lower half.
+template <typename T>
+struct alignas(4) Pair {
+  T v[2];
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  const Pair<T> pair{{from_float<T>(first), from_float<T>(second)}};
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+/// Each of the two multiplied by a factor of its own, in f32, and rounded again.
+template <typename T>
+__device__ __forceinline__ uint32_t scaled(uint32_t bits, float first, float second) {
+  Pair<T> pair;
+  memcpy(&pair, &bits, sizeof bits);
+  return pack<T>(to_float(pair.v[0]) * first, to_float(pair.v[1]) * second);
+}
+
+}  // namespace krait::cuda
