@@ -2,6 +2,9 @@
 // includes the logits of the last token, decode includes the draw on the device and the token's way
 // back to the host. Beside each rate stands its share of the floor: what the bytes and flops that
 // the step can't avoid take at the ceilings of this device, measured in the same run.
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
 #include <chrono>
 #include <ctime>
@@ -105,6 +108,7 @@ class Runner {
       decode(engine, t.n_steps());
       return first_token;
     });
+    if (t.n_prompt > 0 && t.n_batch == 1) row.logits_hash = hash_logits(engine, ids, t.n_prompt);
   }
 
  private:
@@ -136,6 +140,15 @@ class Runner {
     }
     engine.prefill(requests);
     (void)engine.receive();
+  }
+
+  /// Of the prompt's last token, computed once more: the same on each run of the same build.
+  std::string hash_logits(Engine& engine, const std::vector<int32_t>& ids, int64_t n_prompt) {
+    engine.keep_logits(true);
+    start(engine, ids, n_prompt);
+    const std::span<const float> logits = engine.logits();
+    engine.keep_logits(false);
+    return fmt::format("{:016x}", XXH3_64bits(logits.data(), logits.size_bytes()));
   }
 
   void decode(Engine& engine, int64_t n) {

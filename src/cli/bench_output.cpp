@@ -25,12 +25,14 @@ double standard_deviation(const std::vector<double>& v) {
 
 std::vector<double> rates(const BenchRow& row) {
   std::vector<double> r;
+  r.reserve(row.seconds.size());
   for (const double s : row.seconds) r.push_back(row.rate(s));
   return r;
 }
 
 std::vector<int64_t> nanoseconds(const std::vector<double>& seconds) {
   std::vector<int64_t> ns;
+  ns.reserve(seconds.size());
   for (const double s : seconds) ns.push_back(std::llround(s * 1e9));
   return ns;
 }
@@ -85,6 +87,10 @@ class MarkdownWriter final : public BenchWriter {
     for (const std::string& note : notes_) text += note + "\n";
     if (!ceilings_.empty()) text += "Ceilings of this device: " + join(ceilings_, "; ") + ".\n";
     if (!loads_.empty()) text += "Loaded: " + join(loads_, "; ") + ".\n";
+    if (!hashes_.empty()) {
+      text += "Hash of the logits after a prompt, equal for equal results: " + join(hashes_, "; ") +
+              ".\n";
+    }
     if (!text.empty()) write_("\n" + text);
   }
 
@@ -128,6 +134,10 @@ class MarkdownWriter final : public BenchWriter {
       add(ceilings_,
           fmt::format("{} products {}", dtype_name(m.dtype), products(r.floor->product)));
     }
+    if (!r.logits_hash.empty()) {
+      hashes_.push_back(fmt::format("{} of {} in {} {}", r.test.name(), m.name, dtype_name(m.dtype),
+                                    r.logits_hash));
+    }
     add(loads_, fmt::format("{} in {}, {:.2f} s", m.name, dtype_name(m.dtype), m.load_seconds));
   }
 
@@ -139,6 +149,7 @@ class MarkdownWriter final : public BenchWriter {
   std::vector<std::string> notes_;
   std::vector<std::string> ceilings_;
   std::vector<std::string> loads_;
+  std::vector<std::string> hashes_;
 };
 
 // ---- JSON and CSV -------------------------------------------------------------------------------
@@ -251,6 +262,7 @@ OrderedJson bench_json(const BenchMachine& machine, const BenchRow& row) {
   put("median_ms_per_step", true,
       [&] { return s * 1e3 / static_cast<double>(row.test.n_timed()); });
   put("first_token_ms", !row.first_token.empty(), [&] { return median(row.first_token) * 1e3; });
+  put("logits_hash", !row.logits_hash.empty(), [&] { return row.logits_hash; });
   put("bytes", row.work.has_value(), [&] { return row.work->bytes; });
   put("flops", row.work.has_value(), [&] { return row.work->flops(); });
   put("gb_per_s", row.work.has_value(), [&] { return row.work->bytes / s / 1e9; });

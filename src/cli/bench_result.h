@@ -66,6 +66,7 @@ struct BenchRow {
       {};                         ///< seconds until each sequence had one; tests with a prompt
   std::optional<Work> work = {};  ///< none where the test failed before
   std::optional<BenchFloor> floor = {};  ///< none without ceilings
+  std::string logits_hash = {};          ///< of the prompt's last token: equal for equal results
   std::string time = {};                 ///< when it was measured, UTC
   std::string error = {};                ///< why there are no seconds
 

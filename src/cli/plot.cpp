@@ -44,6 +44,7 @@ std::string python() {
 int run_script(std::vector<std::string> args, std::string_view input) {
   args.insert(args.begin(), {python(), script().string()});
   std::vector<char*> argv;
+  argv.reserve(args.size() + 1);
   for (std::string& a : args) argv.push_back(a.data());
   argv.push_back(nullptr);
 

@@ -24,8 +24,8 @@ double seconds_of(Ops& op, const std::function<void()>& call) {
   double once = run(1);
   for (double spent = 2 * once; spent < kWarmUp; spent += 2 * once) once = run(1);
   const int calls = std::max(1, static_cast<int>(kRun / once));
-  std::vector<double> seconds;
-  for (int i = 0; i < kRuns; ++i) seconds.push_back(run(calls));
+  std::vector<double> seconds(kRuns);
+  for (double& s : seconds) s = run(calls);
   return median(seconds);
 }
 

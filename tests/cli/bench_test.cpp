@@ -84,6 +84,9 @@ TEST(Bench, JsonAddsUp) {
               tests[0]["median_ms_per_step"].get<double>(),
               0.1 * tests[0]["median_ms_per_step"].get<double>());
   EXPECT_TRUE(tests[2]["first_token_ms"].is_null());
+  EXPECT_EQ(tests[0]["logits_hash"].get<std::string>().size(), 16U);
+  EXPECT_NE(tests[0]["logits_hash"], tests[1]["logits_hash"]);
+  EXPECT_TRUE(tests[2]["logits_hash"].is_null());
   // Weights once a step: three sequences move less than three times what one does.
   EXPECT_LT(tests[3]["bytes"].get<double>(), 3 * tests[2]["bytes"].get<double>());
   EXPECT_GT(tests[3]["bytes"].get<double>(), tests[2]["bytes"].get<double>());
@@ -105,6 +108,15 @@ TEST(Bench, PromptThenGenerate) {
     EXPECT_LE(t["first_token_ms"].get<double>(), 1e3 * s);
     EXPECT_TRUE(t["share_of_floor"].is_null());  // --no-ceilings
   }
+}
+
+TEST(Bench, LogitsAreTheSameOnEachRun) {
+  const Args args = quick({"-p", "40", "-n", "0", "-pg", "40,4"});
+  const Json first = run_json(args);
+  const Json second = run_json(args + Args{"--prefill-chunk", "64"});
+  for (const size_t i : {0U, 1U}) EXPECT_EQ(first[i]["logits_hash"], second[i]["logits_hash"]);
+  EXPECT_EQ(first[0]["logits_hash"], first[1]["logits_hash"]);
+  EXPECT_NE(run_json(args + Args{"--dtype", "bf16"})[0]["logits_hash"], first[0]["logits_hash"]);
 }
 
 TEST(Bench, ModelsAndTypesMultiply) {
