@@ -47,10 +47,10 @@ std::vector<std::string> devices(const std::string& list) {
 }
 
 Asked asked_of(const BatchRequest& r, int64_t line) {
-  return {line, r.format, r.id, r.has_id, r.chat, r.model};
+  return {line, r.format, r.id, r.has_id, r.id_is_number, r.chat, r.model};
 }
 Asked asked_of(const BadLine& bad, int64_t line) {
-  return {line, bad.format, bad.id, bad.has_id, false, {}};
+  return {line, bad.format, bad.id, bad.has_id, bad.id_is_number, false, {}};
 }
 
 class BatchCommand {
@@ -81,7 +81,7 @@ class BatchCommand {
     std::optional<OutputFile> summary;
     if (!flags_.summary.empty()) summary.emplace(flags_.summary);
 
-    const Session session = open(devices_[0]);
+    const Session session = open(devices_[0], common_);
     const JobMaker maker(flags_, session);
     const InterruptGuard interrupt;
     const Survey survey = first_pass(maker, answers, input.is_file());
@@ -100,7 +100,9 @@ class BatchCommand {
         threads.emplace_back([&, i] {
           guarded(queue, [&] {
             // A CUDA device belongs to the thread that works with it.
-            const Session own = open(devices_[i]);
+            CommonFlags silent = common_;  // one bar is enough
+            silent.quiet = true;
+            const Session own = open(devices_[i], silent);
             work(own, session, survey, prefix, answers, queue, progress[i]);
           });
         });
@@ -124,10 +126,10 @@ class BatchCommand {
   }
 
  private:
-  [[nodiscard]] Session open(const std::string& device) const {
+  [[nodiscard]] Session open(const std::string& device, const CommonFlags& common) const {
     DeviceFlags d = flags_.device;
     d.device = device;
-    return flags_.random_weights.empty() ? open_session(flags_.model, d, common_)
+    return flags_.random_weights.empty() ? open_session(flags_.model, d, common)
                                          : open_random_session(flags_.random_weights, d);
   }
 

@@ -107,7 +107,8 @@ OrderedJson simple_choice(const BatchChoice& c, const BatchResult& r, const Answ
 
 OrderedJson simple_head(const Asked& asked) {
   OrderedJson j = {{"line", asked.line}};
-  if (asked.has_id) j["id"] = asked.id;
+  if (asked.has_id)
+    j["id"] = asked.id_is_number ? OrderedJson::parse(asked.id) : OrderedJson(asked.id);
   return j;
 }
 

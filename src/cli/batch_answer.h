@@ -16,6 +16,7 @@ struct Asked {
   BatchFormat format = BatchFormat::simple;
   std::string id;
   bool has_id = false;
+  bool id_is_number = false;
   bool chat = false;
   std::string model;  ///< as the request names it
 };

@@ -103,7 +103,7 @@ std::optional<BatchRequest> RequestReader::read(const std::string& line, int64_t
   if (rules_.format != BatchFormat::text && is_blank(line)) return std::nullopt;
   BatchRequest r = parse_batch_line(line, rules_);
   const auto bad = [&](std::string message) {
-    return BadLine{std::move(message), r.id, r.has_id, r.format};
+    return BadLine{std::move(message), r.id, r.has_id, r.id_is_number, r.format};
   };
   if (r.has_id) {
     const int64_t first = ids_.first_line(r.id, number);

@@ -305,6 +305,7 @@ BatchRequest parse_batch_line(const std::string& line, const BatchRules& rules) 
         r.id = v.get<std::string>();
       } else if (v.is_number_integer() && r.format == BatchFormat::simple) {
         r.id = v.dump();
+        r.id_is_number = true;
       } else {
         wrong(id, "a string", v);
       }
@@ -318,13 +319,15 @@ BatchRequest parse_batch_line(const std::string& line, const BatchRules& rules) 
     if (!r.chat && r.prompt.empty()) throw BadField{"\"prompt\" is missing"};
     return r;
   } catch (const BadField& e) {
-    throw BadLine{e.message, r.id, r.has_id, r.format};
+    throw BadLine{e.message, r.id, r.has_id, r.id_is_number, r.format};
   } catch (const Json::parse_error& e) {
-    throw BadLine{fmt::format("not JSON: an error at byte {}", e.byte), r.id, r.has_id, r.format};
+    throw BadLine{fmt::format("not JSON: an error at byte {}", e.byte), r.id, r.has_id,
+                  r.id_is_number, r.format};
   } catch (const Error& e) {  // not UTF-8
-    throw BadLine{e.message(), r.id, r.has_id, r.format};
+    throw BadLine{e.message(), r.id, r.has_id, r.id_is_number, r.format};
   } catch (const Json::exception&) {
-    throw BadLine{"numbers or nesting that cannot be read", r.id, r.has_id, r.format};
+    throw BadLine{"numbers or nesting that cannot be read", r.id, r.has_id, r.id_is_number,
+                  r.format};
   }
 }
 

@@ -36,6 +36,7 @@ struct BatchRequest {
   BatchFormat format = BatchFormat::simple;  ///< what it is answered in; never automatic
   std::string id;                            ///< custom_id, or the simple form's "id"
   bool has_id = false;
+  bool id_is_number = false;  ///< and is written back as one
   bool chat = false;
   std::vector<ChatMessage> messages;  ///< of a chat
   BatchText prompt;
@@ -68,6 +69,7 @@ struct BadLine {
   std::string message;
   std::string id;
   bool has_id = false;
+  bool id_is_number = false;
   BatchFormat format = BatchFormat::simple;
 };
 

@@ -126,6 +126,27 @@ TEST_F(BatchTest, NothingDependsOnHowItIsRun) {
   EXPECT_EQ(answers_in(piped.out), want);
 }
 
+TEST_F(BatchTest, GpuGivesTheSameHoweverItIsRun) {
+  // f32, so that other shapes of the products move logits by roundings alone. Two engines on one
+  // device work beside each other as on two.
+  const std::string in = write("in.jsonl", prompts(60));
+  const auto run = [&](const std::vector<std::string>& how) {
+    std::vector<std::string> args{"batch",   "-i",  in,         "-o",         path("out.jsonl"),
+                                  "--dtype", "f32", "--greedy", "--overwrite"};
+    args.insert(args.end(), how.begin(), how.end());
+    const RunResult r = run_krait(args);
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    return answers_in(read("out.jsonl"));
+  };
+  const Answers want = run({"--device", "cuda", "--max-batch", "1"});
+  EXPECT_EQ(want.size(), 60U);
+  EXPECT_EQ(run({"--device", "cuda"}), want);
+  EXPECT_EQ(run({"--device", "cuda", "--max-batch", "7", "--prefill-chunk", "33"}), want);
+  EXPECT_EQ(run({"--device", "cuda", "--shared-prefix", "auto"}), want);
+  EXPECT_EQ(run({"--device", "cuda:0,0"}), want);
+  EXPECT_EQ(run({"--device", "cpu"}), want);
+}
+
 TEST_F(BatchTest, OpenAILinesAreAnsweredInTheirForm) {
   const std::string in = write(
       "in.jsonl",
@@ -175,7 +196,7 @@ TEST_F(BatchTest, BadLinesFailAloneAndAreNamed) {
       "{\"prompt\": \"Once\", \"seed\": 18446744073709551615}\n"
       "{\"prompt\": \"Once\", \"max_tokens\": 1e400}\n"
       "\n"
-      "{\"prompt\": [5, 6], \"max_tokens\": 0}";
+      "{\"id\": 22, \"prompt\": [5, 6], \"max_tokens\": 0}";
   const std::map<int64_t, std::string> want{
       {2, "not JSON"},         {3, "unknown field \"tmperature\""},
       {4, "\"temperature\""},  {5, "from 0 to 1"},
@@ -194,6 +215,8 @@ TEST_F(BatchTest, BadLinesFailAloneAndAreNamed) {
   const Answers good = answers_in(read("out.jsonl"));
   EXPECT_EQ(good.size(), 3U);
   EXPECT_EQ(good.at(22)["text"], "");
+  EXPECT_EQ(good.at(22)["id"], 22);
+  EXPECT_EQ(good.at(13)["id"], "a");
   std::map<int64_t, std::string> got;
   for (const Json& j : lines_of(read("out.errors.jsonl"))) {
     if (j.contains("line")) {
@@ -377,14 +400,15 @@ class BatchCrashTest : public BatchTest {
     const auto starting = time_of_run();  // everything is done already
     const Answers want = answers_in(read("ref.jsonl"));
 
-    // From the first moment to some way into the work: about as much as is left for each.
+    // From the first moment to some way into the work.
     std::mt19937 random(11);
     int killed = 0;
     int finished = 0;
     std::string log;
     for (int i = 0; i < n_kill; ++i) {
-      const Started run({"batch", "--device", "cpu", "-i", in, "-o", path("out.jsonl"), "-q"},
-                        path("err"));
+      const Started run(
+          {"batch", "--device", "cpu", "-i", in, "-o", path("out.jsonl"), "-q", "--max-batch", "8"},
+          path("err"));
       const auto most = starting + 3 * (whole - starting) / n_kill;
       const auto after =
           std::chrono::milliseconds(static_cast<int64_t>(random() % 1000) * most.count() / 1000);
