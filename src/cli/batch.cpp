@@ -419,6 +419,8 @@ Command add_batch_command(CLI::App& app, CommonFlags& common) {
   flag("--print-ids", flags->print_ids, "Token ids beside the text");
   option("--shared-prefix", flags->shared_prefix,
          "Text that prompts begin with, prefilled once: a file, or auto to find it", "FILE|auto");
+  option("--chat-template", flags->chat_template,
+         "A Jinja template for chats instead of the model's own", "FILE");
   option("--max-batch", flags->max_batch,
          "Sequences at once on a device (0: as many as memory and work allow)", "N")
       ->check(CLI::Range(int64_t{0}, int64_t{8192}));

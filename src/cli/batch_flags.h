@@ -14,6 +14,7 @@ struct BatchFlags {
   DeviceFlags device;
   SamplingFlags sampling;
   std::string random_weights;
+  std::string chat_template;
   std::string input;
   std::string output;
   std::string errors;

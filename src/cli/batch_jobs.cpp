@@ -35,6 +35,12 @@ JobMaker::JobMaker(const BatchFlags& flags, const Session& session)
                 "give one, or none for 0");
   }
   base_seed_ = static_cast<uint64_t>(seed);
+  try {
+    chat_ = find_chat(session, flags.chat_template);
+  } catch (const Error& e) {  // no fault, unless a line is a chat
+    if (!flags.chat_template.empty()) throw;
+    why_no_chat_ = e.message();
+  }
 }
 
 BatchRules JobMaker::rules() const {
@@ -49,10 +55,7 @@ BatchRules JobMaker::rules() const {
 }
 
 void JobMaker::check(const BatchRequest& r) const {
-  if (r.chat) {
-    throw Error(ErrorKind::usage,
-                "this model has no chat template: \"/v1/completions\" is expected");
-  }
+  if (r.chat && !chat_) throw Error(ErrorKind::usage, why_no_chat_);
   const bool text = r.prompt.is_text || (r.continuation && r.continuation->is_text);
   if (session_.tokenizer == nullptr && text) {
     throw Error(ErrorKind::usage, "this model has no tokenizer: a prompt of token ids is expected");
@@ -92,10 +95,21 @@ std::vector<int32_t> JobMaker::encode(const BatchText& text) const {
   return prompt_ids(session_, prompt);
 }
 
+std::vector<int32_t> JobMaker::encode_chat(const BatchRequest& r) const {
+  try {
+    std::vector<int32_t> ids = chat_ids(session_, *chat_, r.messages);
+    if (ids.empty()) throw Error(ErrorKind::usage, "the chat template makes an empty prompt of it");
+    return ids;
+  } catch (const Error& e) {  // whatever the template has against these messages
+    throw Error(ErrorKind::usage, e.message());
+  }
+}
+
 BatchJob JobMaker::make(const BatchRequest& r, int64_t line) const {
   BatchJob job;
   job.key = line;
-  job.prompt = encode(r.prompt);
+  job.prompt = r.chat ? encode_chat(r) : encode(r.prompt);
+  job.starts_text = r.chat;  // an answer is a text of its own
   job.params = params(r, line);
   if (flags_.score) {
     job.score_from = std::ssize(job.prompt);
@@ -129,8 +143,8 @@ void JobMaker::survey(const BatchRequest& r, int64_t line, Survey& s) const {
   s.n_sequence += r.n;
   if (penalises(p)) {
     s.penalties = true;
-    const int64_t all = std::ssize(r.prompt.text) + std::ssize(r.prompt.ids) + 1 +
-                        std::max<int64_t>(max_tokens(r), 4096);
+    const int64_t all = (r.chat ? std::ssize(r.messages.dump()) : 0) + std::ssize(r.prompt.text) +
+                        std::ssize(r.prompt.ids) + 1 + std::max<int64_t>(max_tokens(r), 4096);
     constexpr int64_t kMost = 1 << 20;
     const int64_t window = p.repeat_last_n < 0 ? all : p.repeat_last_n;
     s.window = std::clamp<int64_t>(window, s.window, kMost);
@@ -138,7 +152,7 @@ void JobMaker::survey(const BatchRequest& r, int64_t line, Survey& s) const {
   s.n_bias = std::max(s.n_bias, n_bias(r));
   s.logprobs = s.logprobs || n_logprobs(r) >= 0;
   constexpr size_t kExamples = 8;
-  if (s.examples.size() < kExamples) s.examples.push_back(r.prompt);
+  if (s.examples.size() < kExamples && !r.chat) s.examples.push_back(r.prompt);
   if (s.n_sequence == r.n) {
     s.common = r.prompt;
   } else if (s.common.is_text != r.prompt.is_text) {

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "cli/batch_flags.h"
 #include "cli/batch_input.h"
 #include "cli/batch_request.h"
+#include "cli/chat.h"
 #include "cli/session.h"
 #include "runtime/continuous.h"
 
@@ -37,6 +40,7 @@ class JobMaker {
   [[nodiscard]] int64_t n_bias(const BatchRequest& r) const;
   [[nodiscard]] int n_logprobs(const BatchRequest& r) const;
   [[nodiscard]] std::vector<int32_t> encode(const BatchText& text) const;
+  [[nodiscard]] std::vector<int32_t> encode_chat(const BatchRequest& r) const;
 
   const BatchFlags& flags_;
   const Session& session_;
@@ -45,6 +49,8 @@ class JobMaker {
   int64_t max_tokens_;  ///< of a line that does not say
   std::vector<int32_t> eos_;
   uint64_t base_seed_ = 0;
+  std::optional<Chat> chat_;
+  std::string why_no_chat_;
 };
 
 }  // namespace krait

@@ -121,16 +121,14 @@ LogitBias bias_of(const std::string& key, const Json& v, const BatchRules& rules
   return bias;
 }
 
-std::vector<ChatMessage> messages_of(const Json& v) {
+nlohmann::ordered_json messages_of(const Json& v) {
   if (!v.is_array() || v.empty()) wrong("messages", "a list of messages", v);
-  std::vector<ChatMessage> messages;
   for (const Json& m : v) {
     const bool ok = m.is_object() && m.contains("role") && m["role"].is_string() &&
                     m.contains("content") && m["content"].is_string();
     if (!ok) wrong("messages", "messages with the strings \"role\" and \"content\"", m);
-    messages.push_back({m["role"].get<std::string>(), m["content"].get<std::string>()});
   }
-  return messages;
+  return nlohmann::ordered_json::parse(v.dump());
 }
 
 using Reader =

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,11 +18,6 @@
 namespace krait {
 
 enum class BatchFormat { automatic, openai, simple, text };
-
-struct ChatMessage {
-  std::string role;
-  std::string content;
-};
 
 /// Text or token ids.
 struct BatchText {
@@ -38,7 +34,7 @@ struct BatchRequest {
   bool has_id = false;
   bool id_is_number = false;  ///< and is written back as one
   bool chat = false;
-  std::vector<ChatMessage> messages;  ///< of a chat
+  nlohmann::ordered_json messages;  ///< of a chat: a list of {"role", "content"}
   BatchText prompt;
   std::optional<BatchText> continuation;  ///< of scoring
   std::string model;

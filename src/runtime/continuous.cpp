@@ -153,9 +153,11 @@ class Run {
       submit(id, std::move(s), {.parent = parent, .n_children = j.n});
       parent = id;
     }
-    const bool at_start = tokenizer_ != nullptr &&
-                          std::all_of(j.prompt.begin(), j.prompt.end(),
-                                      [&](int32_t id) { return tokenizer_->is_special(id); });
+    const bool at_start =
+        j.starts_text ||
+        (tokenizer_ != nullptr && std::all_of(j.prompt.begin(), j.prompt.end(), [&](int32_t id) {
+           return tokenizer_->is_special(id);
+         }));
     for (int choice = 0; choice < j.n; ++choice) {
       Sequence s;
       s.job = job;

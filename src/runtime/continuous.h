@@ -31,7 +31,8 @@ struct BatchJob {
   int64_t max_new_tokens = -1;  ///< -1: until something else ends the text
   std::vector<int32_t> eos_ids;
   std::vector<std::string> stops;
-  int n_logprobs = -1;  ///< -1: none; 0: of the drawn token alone
+  int n_logprobs = -1;       ///< -1: none; 0: of the drawn token alone
+  bool starts_text = false;  ///< what is drawn begins a text, whatever stands before it
   /// Above 0: nothing is drawn, prompt[score_from ..] is scored. The engine is made for scoring.
   int64_t score_from = 0;
 };

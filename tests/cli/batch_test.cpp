@@ -173,6 +173,38 @@ TEST_F(BatchTest, OpenAILinesAreAnsweredInTheirForm) {
   EXPECT_EQ(body["choices"][0]["text"], alone.out);
 }
 
+TEST_F(BatchTest, ChatsGoThroughTheTemplate) {
+  const std::string in = write(
+      "in.jsonl",
+      R"({"custom_id": "good", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "The dog"}], "max_tokens": 12, "temperature": 0, "logprobs": true, "top_logprobs": 2}})"
+      "\n"
+      R"({"custom_id": "bad", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user"}]}})"
+      "\n"
+      R"({"custom_id": "refused", "url": "/v1/chat/completions", "body": {"messages": [{"role": "x", "content": "y"}]}})"
+      "\n");
+  const std::string refusing =
+      write("t.jinja",
+            read_file(data_dir() / "chat" / "chatml.jinja") +
+                "{%- if messages[0].role == 'x' %}{{ raise_exception('who is x?') }}{% endif %}");
+  const RunResult r = batch({"-i", in, "-o", path("out.jsonl"), "--chat-template", refusing});
+  EXPECT_EQ(r.exit_code, 6) << r.err;
+  const std::vector<Json> answers = lines_of(read("out.jsonl"));
+  ASSERT_EQ(answers.size(), 1U);
+  const Json& body = answers[0]["response"]["body"];
+  EXPECT_EQ(body["object"], "chat.completion");
+  const Json& choice = body["choices"][0];
+  EXPECT_EQ(choice["message"]["role"], "assistant");
+  const RunResult alone = run_krait({"run", "--device", "cpu", "--chat", "--chat-template",
+                                     refusing, "--greedy", "-n", "12", "The dog"});
+  EXPECT_EQ(choice["message"]["content"], alone.out);
+  EXPECT_FALSE(alone.out.empty());
+  EXPECT_EQ(choice["logprobs"]["content"].size(), 12U);
+  EXPECT_EQ(choice["logprobs"]["content"][0]["top_logprobs"].size(), 2U);
+  const std::string errors = read("out.errors.jsonl");
+  EXPECT_THAT(errors, HasSubstr("\\\"content\\\""));
+  EXPECT_THAT(errors, HasSubstr("who is x?"));
+}
+
 TEST_F(BatchTest, BadLinesFailAloneAndAreNamed) {
   const std::string text =
       "{\"prompt\": \"Once\", \"max_tokens\": 2}\n"
