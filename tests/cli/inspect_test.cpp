@@ -14,6 +14,18 @@ Json inspect(const Args& more) {
   return Json::parse(r.out);
 }
 
+TEST(Inspect, MistralsLayout) {
+  const Json j = inspect({golden("mamba2-codestral-tiny")});
+  EXPECT_EQ(j["config"]["family"], "mamba2");
+  EXPECT_EQ(j["config"]["layout"], "mistral");
+  EXPECT_EQ(j["config"]["n_head"], 8);
+  EXPECT_EQ(j["config"]["n_group"], 8);
+  EXPECT_FALSE(j["config"].contains("dt_rank"));
+  EXPECT_EQ(j["dtype"], "bf16");
+  // State of a layer: S [8, 64, 128] and 3 inputs of the convolution [512 + 2 * 8 * 128], f32.
+  EXPECT_EQ(j["state_bytes_per_sequence"], 2 * 4 * (8 * 64 * 128 + 3 * (512 + 2 * 8 * 128)));
+}
+
 TEST(Inspect, CountsOfATiedModel) {
   const Json j = inspect({golden("mamba1-neox-vocab")});
   EXPECT_EQ(j["config"]["family"], "mamba1");

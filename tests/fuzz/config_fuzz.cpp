@@ -17,9 +17,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const krait::ModelConfig c = krait::parse_config_text(
         std::string(reinterpret_cast<const char*>(data), size), "config.json");
-    for (const int64_t n :
-         {c.d_model, c.n_layer, c.vocab_size, c.d_inner, c.d_state, c.d_conv, c.dt_rank}) {
-      if (n < 1 || n > (int64_t{1} << 27)) std::abort();
+    for (const krait::ConfigSize& s : krait::kConfigSizes) {
+      if (c.*s.value < 0 || c.*s.value > (int64_t{1} << 27)) std::abort();
+    }
+    for (const int64_t n : {c.d_model, c.n_layer, c.vocab_size, c.d_inner, c.d_state, c.d_conv}) {
+      if (n < 1) std::abort();
+    }
+    if (c.family == "mamba2") {
+      if (c.n_head * c.head_dim != c.d_inner || c.n_head % c.n_group != 0) std::abort();
+      if (!(c.dt_min >= 0 && c.dt_min <= c.dt_max)) std::abort();
+    } else if (c.dt_rank < 1) {
+      std::abort();
     }
     for (const int32_t id : c.eos_ids) {
       if (id < 0) std::abort();

@@ -289,6 +289,19 @@ TEST_F(Weights, LeftoversAreSettledByTheTensors) {
   EXPECT_TRUE(refuses(ErrorKind::format, "n_layer=32, but the tensors have 2"));
 }
 
+TEST_F(Weights, TensorsOfAnotherFamily) {
+  ModelConfig other = published_config("mamba2-130m");
+  other.n_layer = 2;
+  other.vocab_rows = other.vocab_size = 101;
+  checkpoint_ = tiny_checkpoint(other);
+  EXPECT_TRUE(refuses(ErrorKind::format,
+                      "config.json says Mamba-1, but the tensors are those of "
+                      "Mamba-2"));
+  checkpoint_ = tiny_checkpoint(config_);
+  config_ = other;
+  EXPECT_TRUE(refuses(ErrorKind::format, "the tensors are those of Mamba-1"));
+}
+
 TEST_F(Weights, FamiliesThatAreNotBuilt) {
   config_.family = "mamba3";
   EXPECT_TRUE(refuses(ErrorKind::unsupported, "mamba3"));
@@ -353,20 +366,22 @@ TEST(RandomWeights, BothMemoriesHoldTheSameWeights) {
 }
 
 TEST(RandomWeights, ActivationsStayFinite) {
-  ModelConfig config = published_config("130m");
-  config.n_layer = 4;
-  config.vocab_size = 1000;
-  config.vocab_rows = 1000;
-  const auto op = make_cpu_ops(2);
-  const auto checkpoint = make_random_checkpoint(config, DType::bf16, 1, RandomMemory::distinct);
-  const auto model = load_model(config, *checkpoint, *op, {});
-  Engine engine(*model, *op, EngineOptions{});
-  const auto ids = random_ids(40, 1000, 1);
-  const auto logits = all_logits(engine, 1000, ids);
-  double sum2 = 0;
-  for (const float v : logits) sum2 += static_cast<double>(v) * v;
-  const double rms = std::sqrt(sum2 / static_cast<double>(logits.size()));
-  EXPECT_TRUE(rms > 0.1 && rms < 100) << rms;
+  for (const char* name : {"130m", "mamba2-130m"}) {
+    ModelConfig config = published_config(name);
+    config.n_layer = 4;
+    config.vocab_size = 1000;
+    config.vocab_rows = 1000;
+    const auto op = make_cpu_ops(2);
+    const auto checkpoint = make_random_checkpoint(config, DType::bf16, 1, RandomMemory::distinct);
+    const auto model = load_model(config, *checkpoint, *op, {});
+    Engine engine(*model, *op, EngineOptions{});
+    const auto ids = random_ids(40, 1000, 1);
+    const auto logits = all_logits(engine, 1000, ids);
+    double sum2 = 0;
+    for (const float v : logits) sum2 += static_cast<double>(v) * v;
+    const double rms = std::sqrt(sum2 / static_cast<double>(logits.size()));
+    EXPECT_TRUE(rms > 0.1 && rms < 100) << name << " " << rms;
+  }
 }
 
 }  // namespace
