@@ -34,8 +34,10 @@ Chat find_chat(const Session& s, const std::string& file) {
 
 std::vector<int32_t> chat_ids(const Session& session, const Chat& chat,
                               const nlohmann::ordered_json& messages) {
-  const std::string text = chat.chat_template.render(messages, chat.options);
-  return session.require_tokenizer().encode(text, {.rendered = true});
+  Prompt prompt;
+  prompt.text = chat.chat_template.render(messages, chat.options);
+  prompt.rendered = true;
+  return prompt_ids(session, prompt);
 }
 
 }  // namespace krait

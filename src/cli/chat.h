@@ -16,7 +16,7 @@ namespace krait {
 [[nodiscard]] Chat find_chat(const Session& session, const std::string& file = {});
 
 /// The prompt that asks for the answer to `messages`, a list of {"role", "content"}. Errors: those
-/// of ChatTemplate::render(), file (no tokenizer).
+/// of ChatTemplate::render() and of prompt_ids().
 [[nodiscard]] std::vector<int32_t> chat_ids(const Session& session, const Chat& chat,
                                             const nlohmann::ordered_json& messages);
 

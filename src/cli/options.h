@@ -67,6 +67,7 @@ void add_dtype_lists(CLI::App& app, DTypeLists& lists);
 struct Prompt {
   std::optional<std::string> text;
   std::vector<int32_t> ids;
+  bool rendered = false;  ///< the text is a chat template's, special tokens and all
 };
 
 /// [PROMPT | -p PROMPT | -f FILE | --ids LIST | stdin]

@@ -78,7 +78,8 @@ Session open_random_session(const std::string& shape, const DeviceFlags& device)
 std::vector<int32_t> prompt_ids(const Session& session, const Prompt& prompt) {
   std::vector<int32_t> ids = prompt.ids;
   if (prompt.text) {
-    ids = session.require_tokenizer().encode(*prompt.text, {.add_special = true});
+    ids = session.require_tokenizer().encode(
+        *prompt.text, {.add_special = !prompt.rendered, .rendered = prompt.rendered});
     if (ids.empty()) {
       const auto start =
           start_of_text_id(session.generation, session.model->config(), session.tokenizer.get());

@@ -622,6 +622,13 @@ TEST(Chat, PutsThePromptIntoTheTemplate) {
 
 TEST(Chat, WhatIsMissingIsSaid) {
   const ScratchDir dir;
+  // A tokenizer whose ids the model does not have.
+  write_file(dir.path() / "t.jinja", "{{ messages[0].content }}");
+  const RunResult other =
+      run_krait({"run", "-m", tiny(), "--tokenizer", neox_tokenizer(), "--chat", "--chat-template",
+                 (dir.path() / "t.jinja").string(), "Hello"});
+  EXPECT_EQ(other.exit_code, 2);
+  EXPECT_THAT(other.err, HasSubstr("outside the model's vocabulary"));
   const RunResult none = run_krait(run_text({"--chat", "Hello"}));
   EXPECT_EQ(none.exit_code, 3);
   EXPECT_THAT(none.err, HasSubstr("has no chat template"));
