@@ -39,7 +39,7 @@ std::vector<std::string> devices(const std::string& list) {
   while (begin <= list.size()) {
     const size_t end = std::min(list.find(',', begin), list.size());
     std::string item = list.substr(begin, end - begin);
-    if (item.find_first_not_of("0123456789") == std::string::npos) item = "cuda:" + item;
+    if (item.find_first_not_of("0123456789") == std::string::npos) item.insert(0, "cuda:");
     all.push_back(std::move(item));
     begin = end + 1;
   }
@@ -406,10 +406,9 @@ Command add_batch_command(CLI::App& app, CommonFlags& common) {
       "FILE");
   option("--errors", flags->errors, "Lines that failed (default: OUTPUT with .errors in its name)",
          "FILE");
-  option(
-      "--format", flags->format,
-      "openai, simple ({\"prompt\": ..., \"temperature\": ...}), text (a prompt a line), or auto",
-      "FORMAT")
+  option("--format", flags->format,
+         R"(openai, simple ({"prompt": ..., "temperature": ...}), text (a prompt a line), or auto)",
+         "FORMAT")
       ->check(CLI::IsMember({"auto", "openai", "simple", "text"}));
   flag("--ordered", flags->ordered, "Answers in the order of the input");
   flag("--strict", flags->strict, "Stop at a bad line instead of failing it alone");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 
 namespace krait {
 
@@ -97,7 +98,8 @@ std::vector<int32_t> JobMaker::encode(const BatchText& text) const {
 
 std::vector<int32_t> JobMaker::encode_chat(const BatchRequest& r) const {
   try {
-    std::vector<int32_t> ids = chat_ids(session_, *chat_, r.messages);
+    std::vector<int32_t> ids =
+        chat_ids(session_, *chat_, nlohmann::ordered_json::parse(r.messages));
     if (ids.empty()) throw Error(ErrorKind::usage, "the chat template makes an empty prompt of it");
     return ids;
   } catch (const Error& e) {  // whatever the template has against these messages
@@ -143,7 +145,7 @@ void JobMaker::survey(const BatchRequest& r, int64_t line, Survey& s) const {
   s.n_sequence += r.n;
   if (penalises(p)) {
     s.penalties = true;
-    const int64_t all = (r.chat ? std::ssize(r.messages.dump()) : 0) + std::ssize(r.prompt.text) +
+    const int64_t all = std::ssize(r.messages) + std::ssize(r.prompt.text) +
                         std::ssize(r.prompt.ids) + 1 + std::max<int64_t>(max_tokens(r), 4096);
     constexpr int64_t kMost = 1 << 20;
     const int64_t window = p.repeat_last_n < 0 ? all : p.repeat_last_n;

@@ -35,7 +35,7 @@ bool may_be_ours(std::string_view cut) {
   const auto begins = [&](std::string_view with) {
     return cut.substr(0, with.size()) == with.substr(0, cut.size());
   };
-  return begins("{\"line\":") || begins("{\"id\":\"batch_req_");
+  return begins(R"({"line":)") || begins(R"({"id":"batch_req_)");
 }
 
 }  // namespace
@@ -75,13 +75,14 @@ AppendFile::AppendFile(const std::string& file)
   fd_ = open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   if (fd_ < 0) throw cannot("write", name_);
   if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-    const bool taken = errno == EWOULDBLOCK;
-    const Error error =
-        taken ? Error(ErrorKind::file, fmt::format("another run is writing to {}", name_),
-                      "wait for it, or give another -o")
-              : cannot("lock", name_);
+    const int why = errno;
     close(fd_);
-    throw error;
+    if (why == EWOULDBLOCK) {
+      throw Error(ErrorKind::file, fmt::format("another run is writing to {}", name_),
+                  "wait for it, or give another -o");
+    }
+    errno = why;
+    throw cannot("lock", name_);
   }
   struct stat info {};
   is_regular_ = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);

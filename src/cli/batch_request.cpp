@@ -113,7 +113,7 @@ LogitBias bias_of(const std::string& key, const Json& v, const BatchRules& rules
     const char* end = id_text.data() + id_text.size();
     const auto [at, error] = std::from_chars(id_text.data(), end, id);
     if (error != std::errc() || at != end || id < 0 || id >= rules.vocab) {
-      throw BadField{fmt::format("\"{}\": expected token ids from 0 to {}, found \"{}\"", key,
+      throw BadField{fmt::format(R"("{}": expected token ids from 0 to {}, found "{}")", key,
                                  rules.vocab - 1, short_text(id_text))};
     }
     bias.emplace_back(id, number_of(key, value, -1e6, 1e6));
@@ -121,14 +121,14 @@ LogitBias bias_of(const std::string& key, const Json& v, const BatchRules& rules
   return bias;
 }
 
-nlohmann::ordered_json messages_of(const Json& v) {
+std::string messages_of(const Json& v) {
   if (!v.is_array() || v.empty()) wrong("messages", "a list of messages", v);
   for (const Json& m : v) {
     const bool ok = m.is_object() && m.contains("role") && m["role"].is_string() &&
                     m.contains("content") && m["content"].is_string();
-    if (!ok) wrong("messages", "messages with the strings \"role\" and \"content\"", m);
+    if (!ok) wrong("messages", R"(messages with the strings "role" and "content")", m);
   }
-  return nlohmann::ordered_json::parse(v.dump());
+  return v.dump();
 }
 
 using Reader =
@@ -219,7 +219,7 @@ void read_field(BatchRequest& r, const std::string& key, const Json& v, const Ba
 
 void read_openai(BatchRequest& r, const Json& line, const BatchRules& rules) {
   if (rules.score) {
-    throw BadField{"--score takes lines {\"prompt\": ..., \"continuation\": ...}, not OpenAI's"};
+    throw BadField{R"(--score takes lines {"prompt": ..., "continuation": ...}, not OpenAI's)"};
   }
   for (const auto& [key, value] : line.items()) {
     if (key != "custom_id" && key != "method" && key != "url" && key != "body") {
@@ -233,12 +233,12 @@ void read_openai(BatchRequest& r, const Json& line, const BatchRules& rules) {
   const Json& url = line["url"];
   r.chat = url == "/v1/chat/completions";
   if (!r.chat && url != "/v1/completions") {
-    wrong("url", "\"/v1/completions\" or \"/v1/chat/completions\"", url);
+    wrong("url", R"("/v1/completions" or "/v1/chat/completions")", url);
   }
   if (!line.contains("body") || !line["body"].is_object()) throw BadField{"\"body\" is no object"};
   for (const auto& [key, value] : line["body"].items()) read_field(r, key, value, rules);
   if (r.chat && r.messages.empty()) throw BadField{"\"messages\" is missing"};
-  if (r.chat && !r.prompt.empty()) throw BadField{"a chat has \"messages\", not \"prompt\""};
+  if (r.chat && !r.prompt.empty()) throw BadField{R"(a chat has "messages", not "prompt")"};
   if (!r.chat && !r.messages.empty()) throw BadField{"\"messages\" belong to a chat"};
 }
 
@@ -248,7 +248,7 @@ void read_simple(BatchRequest& r, const Json& line, const BatchRules& rules) {
   }
   if (rules.score && !r.continuation) throw BadField{"\"continuation\" is missing"};
   if (rules.score && r.continuation->is_text != r.prompt.is_text && !r.prompt.empty()) {
-    throw BadField{"\"prompt\" and \"continuation\" are text and token ids: expected one kind"};
+    throw BadField{R"("prompt" and "continuation" are text and token ids: expected one kind)"};
   }
 }
 

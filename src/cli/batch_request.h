@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -34,7 +33,7 @@ struct BatchRequest {
   bool has_id = false;
   bool id_is_number = false;  ///< and is written back as one
   bool chat = false;
-  nlohmann::ordered_json messages;  ///< of a chat: a list of {"role", "content"}
+  std::string messages;  ///< of a chat, as JSON: a list of {"role", "content"}
   BatchText prompt;
   std::optional<BatchText> continuation;  ///< of scoring
   std::string model;

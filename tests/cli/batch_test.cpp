@@ -441,7 +441,7 @@ class BatchCrashTest : public BatchTest {
       const Started run(
           {"batch", "--device", "cpu", "-i", in, "-o", path("out.jsonl"), "-q", "--max-batch", "8"},
           path("err"));
-      const auto most = starting + 3 * (whole - starting) / n_kill;
+      const auto most = starting + 2 * (whole - starting) / n_kill;
       const auto after =
           std::chrono::milliseconds(static_cast<int64_t>(random() % 1000) * most.count() / 1000);
       const int code = run.wait(SIGKILL, after);
