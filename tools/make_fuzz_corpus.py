@@ -243,6 +243,7 @@ def gguf_files():
         "overlap": gguf([], [gguf_tensor("a", [8], 0, 0), gguf_tensor("b", [8], 0, 0)], bytes(64)),
         "hole": gguf([], [gguf_tensor("a", [8], 0, 0), gguf_tensor("b", [8], 0, 64)], bytes(96)),
         "overflow": gguf([], [gguf_tensor("a", [2**31, 2**31, 4], 0, 0)], bytes(4)),
+        "overflow_blocks": gguf([], [gguf_tensor("a", [0x7FFD877A24D20000], 8, 0)], bytes(4)),
         "twice": gguf([key("a", 4, u32(1)), key("a", 4, u32(1))]),
         "version2": gguf([key("a", 4, u32(1))], version=2),
         "big_endian": gguf(version=0x03000000),

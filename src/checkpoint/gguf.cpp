@@ -236,22 +236,20 @@ Info read_info(Cursor& in, const std::string& file) {
         "krait reads F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and Q2_K to Q6_K.");
   }
 
+  // Elements first, as if of 8 bytes: Shape::numel() counts them, and no block takes more.
+  const std::span<int64_t> sizes = std::span(dims).first(n_dims);
+  if (!checked_bytes(sizes, DType::f64)) {
+    corrupt(fmt::format("expected sizes that fit into memory, found {}", info.shape.str()));
+  }
   if (info.blocks != nullptr) {
     const BlockFormat& b = *info.blocks;
-    if (n_dims == 0 || dims[n_dims - 1] % b.elements != 0) {
+    if (n_dims == 0 || sizes.back() % b.elements != 0) {
       corrupt(fmt::format("expected rows of whole blocks of {} elements ({}), found {}", b.elements,
                           b.name, info.shape.str()));
     }
-    dims[n_dims - 1] = dims[n_dims - 1] / b.elements * b.bytes;
+    sizes.back() = sizes.back() / b.elements * b.bytes;
   }
-  const std::optional<int64_t> bytes =
-      checked_bytes(std::span(dims).first(n_dims), info.dtype.value_or(DType::u8));
-  // Checked in elements too: Shape::numel() counts them.
-  std::array<int64_t, kMaxDims> elements{};
-  for (uint32_t i = 0; i < n_dims; ++i) elements[i] = info.shape[static_cast<int>(i)];
-  if (!bytes || !checked_bytes(std::span(elements).first(n_dims), DType::f64)) {
-    corrupt(fmt::format("expected sizes that fit into memory, found {}", info.shape.str()));
-  }
+  const std::optional<int64_t> bytes = checked_bytes(sizes, info.dtype.value_or(DType::u8));
   info.bytes = static_cast<uint64_t>(*bytes);
   return info;
 }

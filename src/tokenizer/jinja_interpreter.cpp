@@ -16,7 +16,7 @@ namespace krait::jinja {
 
 namespace {
 
-constexpr size_t kMaxBytes = size_t{128} << 20;  // of all strings and lists made
+constexpr size_t kMaxBytes = size_t{64} << 20;  // of all strings and lists made
 constexpr int64_t kMaxSteps = 4'000'000;
 constexpr int kMaxDepth = 400;  // of nodes within each other, macros included
 constexpr int64_t kMaxRange = 100'000;
@@ -68,6 +68,15 @@ std::string_view strip(std::string_view s, const std::string* chars, bool left, 
     s.remove_suffix(s.size() - at);
   }
   return s;
+}
+
+std::string repeated(const std::string& s, size_t times) {
+  std::string out;
+  const size_t size = s.size() * times;
+  out.reserve(size);
+  if (size > 0) out = s;
+  while (out.size() < size) out.append(out, 0, size - out.size());
+  return out;
 }
 
 template <typename Map>
@@ -423,9 +432,7 @@ class Interpreter {
       const int64_t times = std::max<int64_t>(0, (a.is_string() ? b : a).to_integer());
       if (!s.empty() && static_cast<uint64_t>(times) > kMaxBytes / s.size()) spend(SIZE_MAX);
       spend(s.size() * static_cast<size_t>(times));
-      std::string out;
-      for (int64_t i = 0; i < (s.empty() ? 0 : times); ++i) out += s;
-      return out;
+      return repeated(s, static_cast<size_t>(times));
     }
     if (op == "%" && a.is_string()) unsupported("formatting a string with % is not built");
     if (!a.is_number() || !b.is_number()) {

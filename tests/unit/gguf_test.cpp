@@ -191,6 +191,8 @@ TEST(Gguf, RefusesBadTensors) {
   EXPECT_TRUE(refused(one_tensor(kF32, {1U << 31U, 1U << 31U, 4}, 4), "sizes that fit"));
   EXPECT_TRUE(refused(one_tensor(kF32, {0, uint64_t{1} << 62, 4}, 0), "sizes that fit"));
   EXPECT_TRUE(refused(one_tensor(kQ4K, {uint64_t{1} << 61}, 4), "sizes that fit"));
+  // Found by fuzzing: the bytes of the blocks overflowed before the elements were looked at.
+  EXPECT_TRUE(refused(one_tensor(kQ8, {uint64_t{0x7ffd877a24d20000}}, 4), "sizes that fit"));
   EXPECT_TRUE(
       refused(one_tensor(kF32, {3}, 11), "expected 12 bytes of data at offset 0, found 11"));
   EXPECT_TRUE(refused(one_tensor(kQ8, {48}, 51), "whole blocks of 32 elements (Q8_0), found [48]"));
