@@ -13,4 +13,7 @@ void check(cudaError_t status, const char* call, const char* file, int line);
 /// Whether the current device overlaps the start of a kernel with the end of the one before it.
 [[nodiscard]] bool has_programmatic_launch();
 
+/// Streaming multiprocessors of the current device.
+[[nodiscard]] int multiprocessor_count();
+
 }  // namespace krait::cuda

@@ -141,7 +141,20 @@ __device__ __forceinline__ float exp2_fast(float v) {
 
 __device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0F + __expf(-v)); }
 
-/// log(1 + exp(v)); v itself above 20, where the difference is below f32 rounding.
-__device__ __forceinline__ float softplus(float v) { return v > 20.0F ? v : log1pf(__expf(v)); }
+/// log(1 + exp(v)) without branches: max(v, 0) + log1p(exp(-|v|)), with log1p(e) = 2 atanh(e / (2 +
+/// e)) as a series: e <= 1, so its argument is at most 1/3 and the rest below 2e-8.
+__device__ __forceinline__ float softplus(float v) {
+  const float e = __expf(-fabsf(v));
+  const float s = __fdividef(e, 2.0F + e);
+  const float q = s * s;
+  float p = 1.0F / 13;
+  p = fmaf(p, q, 1.0F / 11);
+  p = fmaf(p, q, 1.0F / 9);
+  p = fmaf(p, q, 1.0F / 7);
+  p = fmaf(p, q, 1.0F / 5);
+  p = fmaf(p, q, 1.0F / 3);
+  p = fmaf(p, q, 1.0F);
+  return fmaf(2.0F * s, p, fmaxf(v, 0.0F));
+}
 
 }  // namespace krait::cuda

@@ -1,34 +1,30 @@
-// selective_scan.cu - the Mamba-1 recurrence over whole sequences, parallel over channels and over
-// time.
+// selective_scan.cu - the Mamba-1 recurrence over whole sequences.
 //
 //   dt = softplus(dt_raw + dt_bias)
 //   h  = exp(dt * A) * h + dt * B * x               per channel e, state n, from h =
 //   ssm_state[slot] y  = (sum_n C * h + D * x) * silu(z)
 //
-// Parallel in time because the recurrence composes: a stretch of tokens acts on the state it is
-// given as h -> exp(A * sum(dt)) * h + s, where s is the stretch's own scan from zero. So a tile of
-// kTile tokens is cut into kSegments stretches, and
-//   1. every thread (channel, segment) scans its stretch from zero: s, and sum(dt);
-//   2. the stretches' states are chained from the state before the tile, one thread per (channel,
-//   state);
-//   3. every thread scans its stretch again, from the state now known, and writes y.
-// The decays exp(dt * A) of a stretch stay in registers between 1 and 3. Tiles of a sequence follow
-// each other inside the block, the state waiting in shared memory; the inputs of a tile are
-// requested while the one before is computed.
+// Serial in time, parallel over channels and states: a time-parallel scan needs its exponentials
+// twice, and the exponentials are what binds. They don't depend on the recurrence, so a warp runs
+// several tokens ahead with them while the chain itself is one FMA a token. 8 lanes share a channel
+// and hold 2 of 16 states each; the lanes' shares of y are summed for 8 tokens at a time, by a
+// transposition that takes 7 shuffles instead of 24.
+//
+// Half of a block's warps do nothing but the recurrence. The other half prepare a tile of 64 tokens
+// ahead of it (softplus and dt * x, once per channel and token) and finish one behind it (D, gate,
+// store), and keep a ring of 3 tiles filled from memory by asynchronous copies. One barrier per
+// tile.
 //
 // Shapes   x, dt, z, y T [n_tok, d_inner]; B, C T [n_tok, d_state] views; A f32 [d_inner, d_state];
-//          ssm_state S [slot, d_inner, d_state]
-// Launch   grid (channels / kChannels, n_seq), kChannels x kSegments threads, one block per SM (its
-//          registers); channels vary fastest: x, dt and z are read in whole sectors, B and C as
-//          broadcasts
-// Types    arithmetic f32; states beyond kStates are done in groups, y summed over the groups
+//          ssm_state [slot, d_inner, d_state] in f32, bf16 or f16
+// Launch   grid (channels / 16, n_seq), 128 + 128 threads
+// Types    arithmetic f32. With 16-bit inputs exp is the special-function unit's (2 ulp); with f32
+//          inputs a polynomial (1 ulp), since a long memory adds up what a decay close to 1 is off.
+//          More than 16 states are done 16 at a time, tile by tile
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
-// Roofline (1 + 1 / kPerSegment) * d_state + 6 special-function results per channel and token:
-//          bound by them, not by bytes
-// Measured H100, bf16, 2048 tokens of one sequence, us at d_inner 1536 and 5120 (tools/bench_ops):
-//          89 and 277; the special-function units alone would need 20 and 68. Other blocks:
-//          16 x 16 x 4, two per SM: 168 and 309; 32 x 8 x 8: 178 and 370; 32 x 8 x 4, two per SM:
-//          290 and 332
+// Roofline d_state + 6 special-function results per channel and token, and an issue rate of about
+// 10
+//          instructions per state and token: bound by both, not by bytes
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
@@ -36,16 +32,26 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kChannels = 16;
-constexpr int kSegments = 16;
-constexpr int kPerSegment = 8;  // tokens of a stretch
-constexpr int kTile = kSegments * kPerSegment;
-constexpr int kStates = 16;  // states in registers at a time
-constexpr int kThreads = kChannels * kSegments;
+constexpr int kHalf = 128;     // threads of the recurrence, and as many beside it
+constexpr int kChannels = 16;  // of a block
+constexpr int kTile = 64;      // tokens
+constexpr int kStates = 16;    // states of a pass
+constexpr int kLanes = 8;      // of a channel
+constexpr int kGroup = 8;      // tokens whose y are summed over the lanes together
+// Tiles in the ring: one to finish and then on its way, one in the recurrence, one to prepare.
+constexpr int kRing = 3;
+static_assert(kGroup == kLanes && kTile % kGroup == 0 && kChannels * kLanes == kHalf);
+// Beside the recurrence a thread has 8 neighbouring channels of one token, and 8 states of B and C.
+constexpr int kEight = 8;
+static_assert(kTile * kChannels / kEight == kHalf && kTile * kStates / kEight == kHalf);
 
 struct ScanShape {
   int64_t d_inner;
   int d_state;
+  int n_pass;      // ceil(d_state / kStates)
+  bool eights;     // x, dt, z, y allow accesses of 8 elements
+  bool eights_BC;  // so do B and C
+  DType state;     // of ssm_state
   int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
 };
 
@@ -54,227 +60,398 @@ struct ScanPointers {
   const T *x, *dt, *z, *B, *C;  // y may be x or dt: no __restrict__
   const float *A, *D, *dt_bias;
   T* y;
+  void* ssm_state;
   const int32_t *seq_start, *slots;
 };
 
-/// Shared memory. Channels vary fastest. The two segments of a warp share banks: a two-way
-/// conflict.
-struct SharedTile {
-  float decay[kSegments][kStates][kChannels];  // exp(A * sum(dt)) of a stretch
-  float state[kSegments][kStates]
-             [kChannels];  // its scan from zero; after step 2 the state before it
-  float4 B[kTile][kStates / 4];
-  float4 C[kTile][kStates / 4];
-};
-
-/// A thread's inputs of one tile, as they lie in memory.
+/// 8 neighbours.
 template <typename T>
-struct StretchInputs {
-  T x[kPerSegment], dt[kPerSegment], z[kPerSegment];
+struct alignas(16) Eight {
+  T v[kEight];
 };
 
-/// A thread's share of a tile's B and C, which all channels of the block use.
-constexpr int kShare = kTile * kStates / kThreads;
-static_assert(kTile * kStates % kThreads == 0);
+/// Inputs of a tile as they lie in memory, each thread's own.
 template <typename T>
-struct SharedInputs {
-  T B[kShare], C[kShare];
+struct RawTile {
+  Eight<T> x[kHalf], dt[kHalf], z[kHalf];
+};
+template <typename T>
+struct RawBC {  // of one pass
+  Eight<T> B[kHalf], C[kHalf];
 };
 
-template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads, 1)
-    selective_scan_kernel(ScanPointers<T> p, ScanShape shape, S* ssm_state) {
+/// A tile ready for the recurrence, and what comes out of it.
+struct Tile {
+  float2 dt_dx[kTile][kChannels];  // softplus(dt), and that times x
+  float y[kTile][kChannels + 4];   // sum_n C * h; the padding spreads a store over the banks
+};
+
+__device__ __forceinline__ float load_state(const void* p, DType type, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(p)[i];
+  if (type == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+  return to_float(static_cast<const __half*>(p)[i]);
+}
+__device__ __forceinline__ void store_state(void* p, DType type, int64_t i, float v) {
+  if (type == DType::f32) {
+    static_cast<float*>(p)[i] = v;
+  } else if (type == DType::bf16) {
+    static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
+  } else {
+    static_cast<__half*>(p)[i] = from_float<__half>(v);
+  }
+}
+
+/// Copies 8 elements to shared memory, zeros where !inside, in the background.
+template <typename T>
+__device__ __forceinline__ void copy_async(Eight<T>* to, const T* from, bool inside) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Eight<T>)); i += 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address + i),
+                 "l"(reinterpret_cast<const char*>(from) + i), "r"(inside ? 16 : 0)
+                 : "memory");
+  }
+}
+
+/// 2^v to 1 ulp by arithmetic alone, for v <= 128; below 2^-126 it becomes 0.
+__device__ __forceinline__ float exp2_exact(float v) {
+  const float n = rintf(v);
+  const float f = v - n;  // exact, |f| <= 0.5
+  // 2^f = e^(f ln 2), Taylor to the seventh power: the rest is below 2^-27
+  float p = 1.5252733e-5F;
+  p = fmaf(p, f, 1.5403530e-4F);
+  p = fmaf(p, f, 1.3333558e-3F);
+  p = fmaf(p, f, 9.6181291e-3F);
+  p = fmaf(p, f, 5.5504109e-2F);
+  p = fmaf(p, f, 2.4022651e-1F);
+  p = fmaf(p, f, 6.9314718e-1F);
+  p = fmaf(p, f, 1.0F);
+  const float scaled = __int_as_float(__float_as_int(p) + (static_cast<int>(n) << 23));
+  return v < -125.5F ? 0.0F : scaled;
+}
+
+/// The sum over the 8 lanes of a channel of v[lane], v[i] being each lane's share of token i: three
+/// rounds, in each of which a lane gives away half of its tokens and adds what it gets to the rest.
+__device__ __forceinline__ float transposed_sum(float (&v)[kGroup], int lane) {
+#pragma unroll
+  for (int half = kGroup / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float give = upper ? v[i] : v[i + half];
+      const float have = upper ? v[i + half] : v[i];
+      v[i] = have + __shfl_xor_sync(0xffffffffU, give, half);
+    }
+  }
+  return v[0];
+}
+
+/// The recurrence over n_group groups of tokens, for one channel and two states a thread. bc points
+/// at the lane's B and C, dt_dx at the channel, y at the lane's first token and the channel.
+template <typename T>
+__device__ __forceinline__ void recur(const float4* __restrict__ bc,
+                                      const float2* __restrict__ dt_dx, float* __restrict__ y,
+                                      bool add, int n_group, int lane, float (&h)[2],
+                                      const float (&A)[2]) {
+  const auto decay = [](float v) {
+    if constexpr (sizeof(T) == 4) {
+      return exp2_exact(v);
+    } else {
+      return exp2_fast(v);
+    }
+  };
+  const auto decays = [&](int g, float(&to)[kGroup][2]) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float dt = dt_dx[(g * kGroup + i) * kChannels].x;
+      to[i][0] = decay(dt * A[0]);
+      to[i][1] = decay(dt * A[1]);
+    }
+  };
+  // The exponentials of a group are taken while the group before it is in the recurrence.
+  float next[kGroup][2];
+  decays(0, next);
+#pragma unroll 2
+  for (int g = 0; g < n_group; ++g) {
+    float now[kGroup][2];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i][0] = next[i][0];
+      now[i][1] = next[i][1];
+    }
+    decays(min(g + 1, n_group - 1), next);
+    float share[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float4 of = bc[(g * kGroup + i) * kLanes];  // B, B, C, C
+      const float dx = dt_dx[(g * kGroup + i) * kChannels].y;
+      h[0] = fmaf(now[i][0], h[0], dx * of.x);
+      h[1] = fmaf(now[i][1], h[1], dx * of.y);
+      share[i] = fmaf(of.w, h[1], of.z * h[0]);
+    }
+    float& to = y[g * kGroup * (kChannels + 4)];
+    const float sum = transposed_sum(share, lane);
+    to = add ? to + sum : sum;
+  }
+}
+
+/// Shared memory. A step is one pass over a tile.
+template <typename T>
+struct Shared {
+  RawTile<T> raw[kRing];        // of tile k in place k % kRing
+  RawBC<T> raw_bc[kRing];       // of step q in place q % kRing
+  Tile tile[2];                 // of tile k in place k % 2
+  float4 bc[2][kTile][kLanes];  // of step q in place q % 2: a lane's two B and two C
+  // With several passes h and A of each wait here: float2[n_pass][2][kHalf].
+};
+
+/// Both halves of a block meet here from their own code, which __syncthreads() does not allow.
+__device__ __forceinline__ void tile_barrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(2 * kHalf) : "memory");
+}
+
+/// kOne: one pass does all states, and they stay in registers from the first token to the last.
+template <typename T, bool kOne>
+__global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
+    selective_scan_kernel(ScanPointers<T> p, ScanShape shape) {
   after_previous();
   extern __shared__ float4 shared_raw[];
-  SharedTile& tile = *reinterpret_cast<SharedTile*>(shared_raw);
-  float* A_of = reinterpret_cast<float*>(shared_raw) + sizeof(SharedTile) / sizeof(float);
-  float* carry = A_of + shape.d_state * kChannels;  // both [d_state][kChannels]
+  Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared_raw);
+  const int n_pass = kOne ? 1 : shape.n_pass;
 
   const int seq = static_cast<int>(blockIdx.y);
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;
   const int64_t begin = p.seq_start[seq];
   const int64_t len = p.seq_start[seq + 1] - begin;
-  const int lane = threadIdx.x % kChannels;
-  const int segment = threadIdx.x / kChannels;
+  const int n_tile = static_cast<int>((len + kTile - 1) / kTile);
   const int64_t e0 = static_cast<int64_t>(blockIdx.x) * kChannels;
-  const int64_t e = e0 + lane;
-  const bool live = e < shape.d_inner;
+  const int tid = static_cast<int>(threadIdx.x) % kHalf;
 
-  // State and A of this block's channels: [kChannels, d_state] in memory, transposed in shared
-  // memory.
-  S* state_rows = ssm_state + (slot * shape.d_inner + e0) * shape.d_state;
-  const float* A_rows = p.A + e0 * shape.d_state;
-  const int n_state =
-      static_cast<int>(min(static_cast<int64_t>(kChannels), shape.d_inner - e0)) * shape.d_state;
-  const auto transposed = [&](int i) {
-    return (i % shape.d_state) * kChannels + i / shape.d_state;
-  };
-  for (int i = threadIdx.x; i < shape.d_state * kChannels; i += kThreads) {
-    carry[transposed(i)] = i < n_state ? to_float(state_rows[i]) : 0.0F;
-    A_of[transposed(i)] = i < n_state ? A_rows[i] * kLog2e : 0.0F;
+  if (threadIdx.x < kHalf) {
+    // The recurrence: channel e, states 2 * lane and the next of each pass.
+    const int lane = tid % kLanes;
+    const int channel = tid / kLanes;
+    const int64_t e = e0 + channel;
+    const int64_t row = (slot * shape.d_inner + e) * static_cast<int64_t>(shape.d_state);
+    auto* carried = reinterpret_cast<float2*>(&s + 1) + tid;
+    float h[2], A[2];
+    const auto exists = [&](int n) { return e < shape.d_inner && n < shape.d_state; };
+    for (int pass = 0; pass < n_pass; ++pass) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = pass * kStates + 2 * lane + i;
+        h[i] = exists(n) ? load_state(p.ssm_state, shape.state, row + n) : 0.0F;
+        A[i] = exists(n) ? p.A[e * shape.d_state + n] * kLog2e : 0.0F;
+      }
+      if constexpr (!kOne) {
+        carried[2 * pass * kHalf] = {h[0], h[1]};
+        carried[(2 * pass + 1) * kHalf] = {A[0], A[1]};
+      }
+    }
+    tile_barrier();  // the first step is prepared
+    for (int k = 0, q = 0; k < n_tile; ++k) {
+      const int64_t left = len - static_cast<int64_t>(k) * kTile;
+      const int n_group =
+          (static_cast<int>(min(static_cast<int64_t>(kTile), left)) + kGroup - 1) / kGroup;
+      Tile& tile = s.tile[k % 2];
+      for (int pass = 0; pass < n_pass; ++pass, ++q) {
+        if constexpr (!kOne) {
+          const float2 of_h = carried[2 * pass * kHalf];
+          const float2 of_A = carried[(2 * pass + 1) * kHalf];
+          h[0] = of_h.x, h[1] = of_h.y, A[0] = of_A.x, A[1] = of_A.y;
+        }
+        recur<T>(&s.bc[q % 2][0][lane], &tile.dt_dx[0][channel], &tile.y[lane][channel], pass > 0,
+                 n_group, lane, h, A);
+        if constexpr (!kOne) carried[2 * pass * kHalf] = {h[0], h[1]};
+        tile_barrier();
+      }
+    }
+    for (int pass = 0; pass < n_pass; ++pass) {
+      if constexpr (!kOne) {
+        const float2 of_h = carried[2 * pass * kHalf];
+        h[0] = of_h.x, h[1] = of_h.y;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = pass * kStates + 2 * lane + i;
+        if (exists(n)) store_state(p.ssm_state, shape.state, row + n, h[i]);
+      }
+    }
+    return;
   }
 
-  const float bias = live ? p.dt_bias[e] : 0.0F;
-  const float D = live ? p.D[e] : 0.0F;
-
-  const auto load = [&](int64_t t0) {
-    StretchInputs<T> in;
+  // Beside it: token t of each tile, channels e .. e + 7, states n .. n + 7 of each pass.
+  const int t = tid / 2;
+  const int c = tid % 2 * kEight;
+  const int64_t e = e0 + c;
+  float bias[kEight], D[kEight];
 #pragma unroll
-    for (int i = 0; i < kPerSegment; ++i) {
-      const int64_t at = t0 + segment * kPerSegment + i;
-      const bool inside = live && at < len;
-      const int64_t t = begin + at;
-      in.x[i] = inside ? __ldcg(p.x + t * shape.x_stride + e) : T(0.0F);
-      in.dt[i] = inside ? __ldcg(p.dt + t * shape.dt_stride + e) : T(0.0F);
-      in.z[i] = inside ? __ldcg(p.z + t * shape.z_stride + e) : T(0.0F);
-    }
-    return in;
+  for (int i = 0; i < kEight; ++i) {
+    bias[i] = e + i < shape.d_inner ? p.dt_bias[e + i] : 0.0F;
+    D[i] = e + i < shape.d_inner ? p.D[e + i] : 0.0F;
+  }
+  // This thread's place in the tile to be requested next; `left` tokens of the sequence from there.
+  const int64_t at0 = begin + t;
+  const T* x_next = p.x + at0 * shape.x_stride + e;
+  const T* dt_next = p.dt + at0 * shape.dt_stride + e;
+  const T* z_next = p.z + at0 * shape.z_stride + e;
+  const T* B_next = p.B + at0 * shape.B_stride + c;
+  const T* C_next = p.C + at0 * shape.C_stride + c;
+  int64_t left = len - t;
+  const int width = static_cast<int>(min(shape.d_inner - e, static_cast<int64_t>(kEight)));
+  const auto fetch = [&](Eight<T>* to, const T* from, int n, bool eights) {
+    if (eights) return copy_async(to, left > 0 && n > 0 ? from : p.x, left > 0 && n > 0);
+    Eight<T> v;
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) v.v[i] = left > 0 && i < n ? from[i] : T(0.0F);
+    *to = v;
   };
-
-  // This thread's share of B and C of one tile and one group of states.
-  const auto load_BC = [&](int64_t t0, int n0) {
-    SharedInputs<T> in;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int at = i * kThreads + static_cast<int>(threadIdx.x);
-      const int64_t t = begin + t0 + at / kStates;
-      const int n = n0 + at % kStates;
-      const bool inside = t < begin + len && n < shape.d_state;
-      in.B[i] = inside ? __ldcg(p.B + t * shape.B_stride + n) : T(0.0F);
-      in.C[i] = inside ? __ldcg(p.C + t * shape.C_stride + n) : T(0.0F);
+  // One group of copies per step, empty past the end.
+  const auto request = [&](int k, int pass, int q) {
+    if (k < n_tile) {
+      if (pass == 0) {
+        RawTile<T>& r = s.raw[k % kRing];
+        fetch(&r.x[tid], x_next, width, shape.eights);
+        fetch(&r.dt[tid], dt_next, width, shape.eights);
+        fetch(&r.z[tid], z_next, width, shape.eights);
+      }
+      RawBC<T>& r = s.raw_bc[q % kRing];
+      const int states = shape.d_state - pass * kStates - c;
+      fetch(&r.B[tid], B_next + pass * kStates, states, shape.eights_BC);
+      fetch(&r.C[tid], C_next + pass * kStates, states, shape.eights_BC);
+      if (pass + 1 == n_pass) {
+        x_next += kTile * shape.x_stride;
+        dt_next += kTile * shape.dt_stride;
+        z_next += kTile * shape.z_stride;
+        B_next += kTile * shape.B_stride;
+        C_next += kTile * shape.C_stride;
+        left -= kTile;
+      }
     }
-    return in;
+    asm volatile("cp.async.commit_group;" ::: "memory");
   };
-
-  StretchInputs<T> next = load(0);
-  SharedInputs<T> next_BC = load_BC(0, 0);
-  for (int64_t t0 = 0; t0 < len; t0 += kTile) {
-    const StretchInputs<T> in = next;
-    const int64_t first = t0 + segment * kPerSegment;
-    float dt[kPerSegment], dx[kPerSegment], y[kPerSegment];
-    float dt_sum = 0.0F;
+  const auto prepare = [&](int k, int pass, int q) {
+    const RawBC<T>& of = s.raw_bc[q % kRing];
+    const Eight<T> B = of.B[tid];
+    const Eight<T> C = of.C[tid];
+    float4* bc = &s.bc[q % 2][t][c / 2];
 #pragma unroll
-    for (int i = 0; i < kPerSegment; ++i) {
+    for (int i = 0; i < kEight; i += 2) {
+      bc[i / 2] = {to_float(B.v[i]), to_float(B.v[i + 1]), to_float(C.v[i]), to_float(C.v[i + 1])};
+    }
+    if (pass > 0) return;
+    const Eight<T> x = s.raw[k % kRing].x[tid];
+    const Eight<T> dt = s.raw[k % kRing].dt[tid];
+    const float inside = static_cast<int64_t>(k) * kTile + t < len ? 1.0F : 0.0F;
+    auto* to = reinterpret_cast<float4*>(&s.tile[k % 2].dt_dx[t][c]);
+#pragma unroll
+    for (int i = 0; i < kEight; i += 2) {
       // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
-      dt[i] = live && first + i < len ? softplus(to_float(in.dt[i]) + bias) : 0.0F;
-      const float x = to_float(in.x[i]);
-      dx[i] = dt[i] * x;
-      dt_sum += dt[i];
-      y[i] = D * x;
+      const float a = softplus(to_float(dt.v[i]) + bias[i]) * inside;
+      const float b = softplus(to_float(dt.v[i + 1]) + bias[i + 1]) * inside;
+      to[i / 2] = {a, a * to_float(x.v[i]), b, b * to_float(x.v[i + 1])};
     }
-    // y of this tile may lie over x or dt of this tile, never over those of the next. The loads
-    // name the global space (__ldcg): a generic load could not be moved past stores to shared
-    // memory.
-    if (t0 + kTile < len) next = load(t0 + kTile);
-
-    for (int n0 = 0; n0 < shape.d_state; n0 += kStates) {
-      const int n_here = min(kStates, shape.d_state - n0);
-      __syncthreads();  // the last readers of B, C and state are done; carry is written
+  };
+  T* y_next = p.y + at0 * shape.y_stride + e;
+  const auto finish = [&](int k) {
+    if (static_cast<int64_t>(k) * kTile + t >= len) return;
+    const Eight<T> x = s.raw[k % kRing].x[tid];
+    const Eight<T> z = s.raw[k % kRing].z[tid];
+    const auto* sums = reinterpret_cast<const float4*>(&s.tile[k % 2].y[t][c]);
+    const float4 low = sums[0];
+    const float4 high = sums[1];
+    const float y[kEight] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    Eight<T> out;
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        const int at = i * kThreads + static_cast<int>(threadIdx.x);
-        reinterpret_cast<float*>(tile.B)[at] = to_float(next_BC.B[i]);
-        reinterpret_cast<float*>(tile.C)[at] = to_float(next_BC.C[i]);
-      }
-      const bool last_group = n0 + kStates >= shape.d_state;
-      next_BC = load_BC(last_group ? t0 + kTile : t0, last_group ? 0 : n0 + kStates);
-
-      // 1. The stretch from zero.
-      float decay[kPerSegment][kStates];
+    for (int i = 0; i < kEight; ++i) {
+      const float v = fmaf(D[i], to_float(x.v[i]), y[i]);
+      out.v[i] = from_float<T>(v * silu(to_float(z.v[i])));
+    }
+    T* to = y_next;
+    y_next += kTile * shape.y_stride;
+    if (shape.eights) {
+      if (e < shape.d_inner) *reinterpret_cast<Eight<T>*>(to) = out;
+    } else {
 #pragma unroll
-      for (int n = 0; n < kStates; ++n) {
-        const float A = n < n_here ? A_of[(n0 + n) * kChannels + lane] : 0.0F;
-        tile.decay[segment][n][lane] = exp2_fast(dt_sum * A);
-#pragma unroll
-        for (int i = 0; i < kPerSegment; ++i) decay[i][n] = exp2_fast(dt[i] * A);
-      }
-      __syncthreads();
-      float h[kStates] = {};
-#pragma unroll
-      for (int i = 0; i < kPerSegment; ++i) {
-#pragma unroll
-        for (int q = 0; q < kStates / 4; ++q) {
-          const float4 B = tile.B[segment * kPerSegment + i][q];
-          h[4 * q] = fmaf(decay[i][4 * q], h[4 * q], dx[i] * B.x);
-          h[4 * q + 1] = fmaf(decay[i][4 * q + 1], h[4 * q + 1], dx[i] * B.y);
-          h[4 * q + 2] = fmaf(decay[i][4 * q + 2], h[4 * q + 2], dx[i] * B.z);
-          h[4 * q + 3] = fmaf(decay[i][4 * q + 3], h[4 * q + 3], dx[i] * B.w);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kStates; ++n) tile.state[segment][n][lane] = h[n];
-      __syncthreads();
-
-      // 2. Chain the stretches.
-      for (int i = threadIdx.x; i < n_here * kChannels; i += kThreads) {
-        const int n = i / kChannels;
-        const int c = i % kChannels;
-        float running = carry[(n0 + n) * kChannels + c];
-        float by[kSegments], from[kSegments];
-#pragma unroll
-        for (int s = 0; s < kSegments; ++s) {
-          by[s] = tile.decay[s][n][c];
-          from[s] = tile.state[s][n][c];
-        }
-#pragma unroll
-        for (int s = 0; s < kSegments; ++s) {
-          tile.state[s][n][c] = running;
-          running = fmaf(by[s], running, from[s]);
-        }
-        carry[(n0 + n) * kChannels + c] = running;
-      }
-      __syncthreads();
-
-      // 3. The stretch from the state it really starts with.
-#pragma unroll
-      for (int n = 0; n < kStates; ++n) h[n] = tile.state[segment][n][lane];
-#pragma unroll
-      for (int i = 0; i < kPerSegment; ++i) {
-        float sum[4] = {};
-#pragma unroll
-        for (int q = 0; q < kStates / 4; ++q) {
-          const float4 B = tile.B[segment * kPerSegment + i][q];
-          const float4 C = tile.C[segment * kPerSegment + i][q];
-          h[4 * q] = fmaf(decay[i][4 * q], h[4 * q], dx[i] * B.x);
-          h[4 * q + 1] = fmaf(decay[i][4 * q + 1], h[4 * q + 1], dx[i] * B.y);
-          h[4 * q + 2] = fmaf(decay[i][4 * q + 2], h[4 * q + 2], dx[i] * B.z);
-          h[4 * q + 3] = fmaf(decay[i][4 * q + 3], h[4 * q + 3], dx[i] * B.w);
-          sum[0] = fmaf(C.x, h[4 * q], sum[0]);
-          sum[1] = fmaf(C.y, h[4 * q + 1], sum[1]);
-          sum[2] = fmaf(C.z, h[4 * q + 2], sum[2]);
-          sum[3] = fmaf(C.w, h[4 * q + 3], sum[3]);
-        }
-        y[i] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      for (int i = 0; i < kEight; ++i) {
+        if (e + i < shape.d_inner) to[i] = out.v[i];
       }
     }
-
-#pragma unroll
-    for (int i = 0; i < kPerSegment; ++i) {
-      if (live && first + i < len) {
-        p.y[(begin + first + i) * shape.y_stride + e] =
-            from_float<T>(y[i] * silu(to_float(in.z[i])));
+  };
+  // A place among the steps.
+  struct Place {
+    int k = 0, pass = 0, q = 0;
+    __device__ void advance(int n_pass) {
+      ++q;
+      if (++pass == n_pass) {
+        pass = 0;
+        ++k;
       }
+    }
+  };
+  // Waits for this thread's copies of all steps but the last `kRing - 2` requested.
+  const auto arrived = [] { asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 2) : "memory"); };
+
+  // A step is requested kRing - 1 ahead of its recurrence, prepared one ahead; a tile is finished
+  // in the step after its last one, just before its place in the ring is requested again.
+  Place wanted, ahead;
+  for (int i = 0; i < kRing - 1; ++i, wanted.advance(n_pass)) {
+    request(wanted.k, wanted.pass, wanted.q);
+  }
+  arrived();
+  if (n_tile > 0) prepare(0, 0, 0);
+  ahead.advance(n_pass);
+  tile_barrier();
+  for (int k = 0; k < n_tile; ++k) {
+    for (int pass = 0; pass < n_pass; ++pass) {
+      if (pass == 0 && k > 0) finish(k - 1);
+      request(wanted.k, wanted.pass, wanted.q);
+      wanted.advance(n_pass);
+      arrived();
+      if (ahead.k < n_tile) prepare(ahead.k, ahead.pass, ahead.q);
+      ahead.advance(n_pass);
+      tile_barrier();  // this step is through the recurrence
     }
   }
-
-  __syncthreads();
-  for (int i = threadIdx.x; i < n_state; i += kThreads)
-    state_rows[i] = from_float<S>(carry[transposed(i)]);
+  if (n_tile > 0) finish(n_tile - 1);
 }
+
+template <typename T, bool kOne>
+void launch_scan(const ScanPointers<T>& p, const ScanShape& shape, int64_t n_seq,
+                 cudaStream_t stream) {
+  size_t shared = sizeof(Shared<T>);
+  if (!kOne) shared += 2 * static_cast<size_t>(shape.n_pass) * kHalf * sizeof(float2);
+  auto* kernel = &selective_scan_kernel<T, kOne>;
+  KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(shape.d_inner, kChannels)),
+                  static_cast<unsigned>(n_seq));
+  launch("selective_scan", kernel, grid, 2 * kHalf, shared, stream, p, shape);
+}
+
+/// Whether rows of `t` allow 16-byte accesses of 8 elements (4 for f32, twice).
+bool allows_eights(const Tensor& t) { return aligned16(t) && t.dim(1) % kEight == 0; }
 
 }  // namespace
 
 void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                     const Batch& batch, cudaStream_t stream) {
-  const ScanShape shape{in.x.dim(1),     static_cast<int>(in.A.dim(1)),
-                        in.x.row_stride, in.dt.row_stride,
-                        in.z.row_stride, y.row_stride,
-                        in.B.row_stride, in.C.row_stride};
-  const size_t shared =
-      sizeof(SharedTile) + 2 * sizeof(float) * kChannels * static_cast<size_t>(shape.d_state);
-  const dim3 grid(static_cast<unsigned>(ceil_div(shape.d_inner, kChannels)),
-                  static_cast<unsigned>(batch.n_seq));
+  const auto d_state = static_cast<int>(in.A.dim(1));
+  const ScanShape shape{
+      in.x.dim(1),
+      d_state,
+      static_cast<int>(ceil_div(d_state, kStates)),
+      allows_eights(in.x) && allows_eights(in.dt) && allows_eights(in.z) && allows_eights(y),
+      allows_eights(in.B) && allows_eights(in.C),
+      ssm_state.dtype,
+      in.x.row_stride,
+      in.dt.row_stride,
+      in.z.row_stride,
+      y.row_stride,
+      in.B.row_stride,
+      in.C.row_stride};
+  if (!is_float16_or_32(shape.state)) throw_not_float(shape.state, "selective_scan state");
   visit_type(in.x.dtype, "selective_scan x", [&](auto t) {
     using T = decltype(t);
     const ScanPointers<T> p{in.x.as<T>(),
@@ -286,17 +463,11 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
                             in.D.as<float>(),
                             in.dt_bias.as<float>(),
                             y.as<T>(),
+                            ssm_state.data,
                             batch.seq_start.as<int32_t>(),
                             batch.slot.as<int32_t>()};
-    visit_type(ssm_state.dtype, "selective_scan state", [&](auto s) {
-      using S = decltype(s);
-      auto* kernel = &selective_scan_kernel<T, S>;
-      if (shared > 48 * 1024) {
-        KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared)));
-      }
-      launch("selective_scan", kernel, grid, kThreads, shared, stream, p, shape, ssm_state.as<S>());
-    });
+    if (shape.n_pass > 1) return launch_scan<T, false>(p, shape, batch.n_seq, stream);
+    launch_scan<T, true>(p, shape, batch.n_seq, stream);
   });
 }
 

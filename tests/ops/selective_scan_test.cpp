@@ -148,8 +148,12 @@ void expect_near(const ScanCase& c, const ScanData& data, const ScanResult& got,
   EXPECT_TRUE(close_to(without_rounding(got_h, want_h, c.state), want_h, state_limit));
 }
 
-/// A rounded state may round the other way where the two differ in the last bits of f32.
-double state_tolerance(DType state) { return state == DType::f32 ? 1e-5 : tolerance(state); }
+/// A rounded state may round the other way where the two differ in the last bits of f32. With
+/// 16-bit inputs a device may take exponentials that are 2 ulp off, which a slow decay adds up.
+double state_tolerance(const ScanCase& c, DType T) {
+  if (c.state != DType::f32) return tolerance(c.state);
+  return T == DType::f32 ? 1e-5 : 4e-5;
+}
 
 std::vector<ScanCase> scan_cases() {
   std::vector<ScanCase> cases;
@@ -198,7 +202,7 @@ TEST_P(SelectiveScan, EqualsDefinition) {
   const DType T = ops(backend).activation_dtype(c.weights);
   const ScanData data = scan_data(c, T);
   expect_near(c, data, run_scan(backend, c, data), run_scan(Backend::plain, c, data), tolerance(T),
-              state_tolerance(c.state));
+              state_tolerance(c, T));
 }
 
 OPS_TEST_BACKENDS(SelectiveScan, ::testing::ValuesIn(scan_cases()));
@@ -347,7 +351,7 @@ TEST_P(ScanState, DoesNotDependOnItsNeighbours) {
     EXPECT_TRUE(near_std(got.y, rows(together.y, begin, end, c.d_inner), 1e-5)) << s;
     EXPECT_TRUE(near_std(rows(got.state, 3, 4, width),
                          rows(together.state, c.slots[s], c.slots[s] + 1, width),
-                         state_tolerance(c.state)))
+                         state_tolerance(c, c.weights)))
         << s;
     begin = end;
   }
