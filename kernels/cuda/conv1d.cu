@@ -4,8 +4,10 @@
 //   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (K-1) + j, e])          K = d_conv
 //
 // Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
-// Launch   grid (channels / 128, tiles of kTile tokens of the longest sequence, n_seq); one thread
-//          walks one channel through a tile with the last K inputs in registers
+// Launch   grid (channels, tiles of kTile tokens of the longest sequence, n_seq); one thread walks
+// V
+//          neighbouring channels (4 where the layout allows) through a tile with the last K inputs
+//          in registers
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
@@ -16,56 +18,71 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <typename T, int K, int kTile>
+/// V neighbouring channels of one row.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Lane {
+  T v[V];
+};
+
+template <typename T, int K, int kTile, int V>
 __global__ void __launch_bounds__(kThreads)
     conv1d_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
                   const int32_t* seq_start, const int32_t* slots, int64_t d_inner,
                   int64_t out_stride, int64_t u_stride) {
+  using Row = Lane<T, V>;
+  const int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
+  const bool live = e < d_inner;
+  // Parameters: they don't depend on the kernel before this one.
+  float w[V][K], b[V];
+#pragma unroll
+  for (int c = 0; c < V; ++c) {
+#pragma unroll
+    for (int j = 0; j < K; ++j) w[c][j] = live ? weight[(e + c) * K + j] : 0.0F;
+    b[c] = live && bias != nullptr ? bias[e + c] : 0.0F;
+  }
   after_previous();
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t seq = blockIdx.z;
   const int32_t slot = slots[seq];
   const int64_t begin = seq_start[seq];
   const int64_t len = seq_start[seq + 1] - begin;
   const int64_t t0 = static_cast<int64_t>(blockIdx.y) * kTile;
-  if (e >= d_inner || slot < 0 || t0 >= len) return;
+  if (!live || slot < 0 || t0 >= len) return;
 
   const T* x = u + begin * u_stride + e;
   T* state = conv_state + slot * (K - 1) * d_inner + e;
+  const auto at = [](const T* p) { return *reinterpret_cast<const Row*>(p); };
   // The input at time t of this sequence; before time 0 it is in the state, oldest first.
   const auto input = [&](int64_t t) {
-    return t >= 0 ? x[t * u_stride] : state[(K - 1 + t) * d_inner];
+    return at(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
   };
 
-  float w[K];
+  Row tile[K - 1 + kTile];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
 #pragma unroll
-  for (int j = 0; j < K; ++j) w[j] = weight[e * K + j];
-  const float b = bias != nullptr ? bias[e] : 0.0F;
-
-  float window[K];  // window[j] = u[t - (K-1) + j]
-#pragma unroll
-  for (int j = 0; j < K - 1; ++j) window[j + 1] = to_float(input(t0 - (K - 1) + j));
+  for (int i = 0; i < K - 1 + kTile; ++i) {
+    if (t0 + i - (K - 1) < len) tile[i] = input(t0 + i - (K - 1));
+  }
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    const int64_t t = t0 + i;
-    if (t >= len) break;
+    if (t0 + i >= len) break;
+    Row row;
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) window[j] = window[j + 1];
-    window[K - 1] = to_float(x[t * u_stride]);
-    float c = b;
+    for (int c = 0; c < V; ++c) {
+      float sum = b[c];
 #pragma unroll
-    for (int j = 0; j < K; ++j) c = fmaf(w[j], window[j], c);
-    out[(begin + t) * out_stride + e] = from_float<T>(silu(c));
+      for (int j = 0; j < K; ++j) sum = fmaf(w[c][j], to_float(tile[i + j].v[c]), sum);
+      row.v[c] = from_float<T>(silu(sum));
+    }
+    *reinterpret_cast<Row*>(out + (begin + t0 + i) * out_stride + e) = row;
   }
 
   // The first tile alone touches the state: it has read what it needs of the old one, so nobody
   // races.
   if (t0 == 0) {
-    T last[K - 1];
+    Row last[K - 1];
 #pragma unroll
     for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) state[j * d_inner] = last[j];
+    for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state + j * d_inner) = last[j];
   }
 }
 
@@ -78,20 +95,30 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
     const auto run = [&](auto k) {
       constexpr int K = decltype(k)::value;
       const int64_t d_inner = u.dim(1);
-      const auto go = [&](auto tile, auto* kernel) {
-        const dim3 grid(static_cast<unsigned>(ceil_div(d_inner, kThreads)),
-                        static_cast<unsigned>(ceil_div(batch.max_len, decltype(tile)::value)),
-                        static_cast<unsigned>(batch.n_seq));
+      const auto go = [&](auto tile, auto width, auto* kernel) {
+        constexpr int kTile = decltype(tile)::value;
+        const dim3 grid(
+            static_cast<unsigned>(ceil_div(d_inner, kThreads * int64_t{decltype(width)::value})),
+            static_cast<unsigned>(ceil_div(batch.max_len, kTile)),
+            static_cast<unsigned>(batch.n_seq));
         launch("conv1d_silu", kernel, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
                weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
                batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
                u.row_stride);
       };
+      constexpr std::integral_constant<int, 1> kOne;
+      constexpr std::integral_constant<int, 4> kFour;
+      constexpr std::integral_constant<int, 8> kEight;
+      const auto quads = [](const Tensor& a) {
+        return reinterpret_cast<uintptr_t>(a.data) % (4 * sizeof(T)) == 0 && a.row_stride % 4 == 0;
+      };
+      const bool by_four = d_inner % 4 == 0 && quads(out) && quads(u) && quads(conv_state);
       if (batch.max_len == 1) {
-        go(std::integral_constant<int, 1>{}, &conv1d_kernel<T, K, 1>);
-      } else {
-        go(std::integral_constant<int, 16>{}, &conv1d_kernel<T, K, 16>);
+        if (by_four) return go(kOne, kFour, &conv1d_kernel<T, K, 1, 4>);
+        return go(kOne, kOne, &conv1d_kernel<T, K, 1, 1>);
       }
+      if (by_four) return go(kEight, kFour, &conv1d_kernel<T, K, 8, 4>);
+      go(kEight, kOne, &conv1d_kernel<T, K, 8, 1>);
     };
     switch (weight.dim(1)) {
       case 2:
