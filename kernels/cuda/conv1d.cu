@@ -6,8 +6,8 @@
 // Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
 // Launch   grid (channels, tiles of kTile tokens of the longest sequence, n_seq); one thread walks
 // V
-//          neighbouring channels (4 where the layout allows) through a tile with the last K inputs
-//          in registers
+//          neighbouring channels (4 where the layout allows and there are several tokens) through a
+//          tile with the last K inputs in registers
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
@@ -113,10 +113,8 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
         return reinterpret_cast<uintptr_t>(a.data) % (4 * sizeof(T)) == 0 && a.row_stride % 4 == 0;
       };
       const bool by_four = d_inner % 4 == 0 && quads(out) && quads(u) && quads(conv_state);
-      if (batch.max_len == 1) {
-        if (by_four) return go(kOne, kFour, &conv1d_kernel<T, K, 1, 4>);
-        return go(kOne, kOne, &conv1d_kernel<T, K, 1, 1>);
-      }
+      // One token per sequence: more threads with less each keep more loads in flight.
+      if (batch.max_len == 1) return go(kOne, kOne, &conv1d_kernel<T, K, 1, 1>);
       if (by_four) return go(kEight, kFour, &conv1d_kernel<T, K, 8, 4>);
       go(kEight, kOne, &conv1d_kernel<T, K, 8, 1>);
     };

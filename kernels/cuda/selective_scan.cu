@@ -101,9 +101,10 @@ __device__ __forceinline__ void store_state(void* p, DType type, int64_t i, floa
   }
 }
 
-/// Copies 8 elements to shared memory, zeros where !inside, in the background.
+/// Copies 8 elements to shared memory, zeros where !inside, in the background (from sm_80 on).
 template <typename T>
 __device__ __forceinline__ void copy_async(Eight<T>* to, const T* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(Eight<T>)); i += 16) {
@@ -111,6 +112,9 @@ __device__ __forceinline__ void copy_async(Eight<T>* to, const T* from, bool ins
                  "l"(reinterpret_cast<const char*>(from) + i), "r"(inside ? 16 : 0)
                  : "memory");
   }
+#else
+  *to = inside ? *reinterpret_cast<const Eight<T>*>(from) : Eight<T>{};
+#endif
 }
 
 /// 2^v to 1 ulp by arithmetic alone, for v <= 128; below 2^-126 it becomes 0.
@@ -329,7 +333,9 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
         left -= kTile;
       }
     }
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
   };
   const auto prepare = [&](int k, int pass, int q) {
     const RawBC<T>& of = s.raw_bc[q % kRing];
@@ -391,7 +397,11 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
     }
   };
   // Waits for this thread's copies of all steps but the last `kRing - 2` requested.
-  const auto arrived = [] { asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 2) : "memory"); };
+  const auto arrived = [] {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 2) : "memory");
+#endif
+  };
 
   // A step is requested kRing - 1 ahead of its recurrence, prepared one ahead; a tile is finished
   // in the step after its last one, just before its place in the ring is requested again.
