@@ -12,23 +12,14 @@ void Staging::upload(void* dst, const void* src, size_t bytes, cudaStream_t stre
   const auto* from = static_cast<const std::byte*>(src);
   while (bytes > 0) {
     if (used_ == kBlockBytes || (bytes > kBlockBytes - used_ && bytes <= kBlockBytes)) {
-      if (blocks_[block_].emptied != nullptr) {
-        KRAIT_CUDA(cudaEventRecord(blocks_[block_].emptied, stream));
-      }
-      block_ = (block_ + 1) % blocks_.size();
+      if (pinned_ != nullptr) KRAIT_CUDA(cudaEventRecord(emptied_[block_], stream));
+      block_ = (block_ + 1) % kBlocks;
       used_ = 0;
-      Block& next = blocks_[block_];
-      if (next.pinned == nullptr) {
-        void* pinned = nullptr;
-        KRAIT_CUDA(cudaMallocHost(&pinned, kBlockBytes));
-        next.pinned = static_cast<std::byte*>(pinned);
-        KRAIT_CUDA(cudaEventCreateWithFlags(&next.emptied, cudaEventDisableTiming));
-      } else {
-        KRAIT_CUDA(cudaEventSynchronize(next.emptied));
-      }
+      if (pinned_ == nullptr) allocate();
+      KRAIT_CUDA(cudaEventSynchronize(emptied_[block_]));
     }
     const size_t n = std::min(bytes, kBlockBytes - used_);
-    std::byte* pinned = blocks_[block_].pinned + used_;
+    std::byte* pinned = pinned_ + block_ * kBlockBytes + used_;
     std::memcpy(pinned, from, n);
     KRAIT_CUDA(cudaMemcpyAsync(to, pinned, n, cudaMemcpyHostToDevice, stream));
     constexpr size_t kAlign = 64;
@@ -39,11 +30,20 @@ void Staging::upload(void* dst, const void* src, size_t bytes, cudaStream_t stre
   }
 }
 
+// All of it at once: memory must not grow while a long prompt goes through.
+void Staging::allocate() {
+  void* pinned = nullptr;
+  KRAIT_CUDA(cudaMallocHost(&pinned, kBlocks * kBlockBytes));
+  pinned_ = static_cast<std::byte*>(pinned);
+  for (cudaEvent_t& e : emptied_) {
+    KRAIT_CUDA(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
+  }
+}
+
 Staging::~Staging() {
-  for (const Block& b : blocks_) {
-    if (b.pinned == nullptr) continue;
-    cudaFreeHost(b.pinned);
-    cudaEventDestroy(b.emptied);
+  if (pinned_ != nullptr) cudaFreeHost(pinned_);
+  for (cudaEvent_t e : emptied_) {
+    if (e != nullptr) cudaEventDestroy(e);
   }
 }
 

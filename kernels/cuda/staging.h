@@ -23,14 +23,14 @@ class Staging {
 
  private:
   static constexpr size_t kBlockBytes = size_t{512} << 10;
-  struct Block {
-    std::byte* pinned = nullptr;
-    cudaEvent_t emptied = nullptr;  ///< recorded after the block's last copy
-  };
+  static constexpr size_t kBlocks = 8;
 
-  std::array<Block, 8> blocks_;
-  size_t block_ = 0;           ///< the one being filled
-  size_t used_ = kBlockBytes;  ///< bytes of it; a full one makes way for the next
+  void allocate();
+
+  std::byte* pinned_ = nullptr;                 ///< kBlocks blocks, from the first upload on
+  std::array<cudaEvent_t, kBlocks> emptied_{};  ///< each recorded after its block's last copy
+  size_t block_ = 0;                            ///< the one being filled
+  size_t used_ = kBlockBytes;                   ///< bytes of it; a full one makes way for the next
 };
 
 }  // namespace krait::cuda
