@@ -35,6 +35,7 @@ struct BenchFlags {
   std::vector<int64_t> prompts{512};
   std::vector<int64_t> batches{1};
   std::vector<std::string> mixed;
+  float temperature = 0;
   int64_t n_gen = 128;
   int repetitions = 5;
   bool no_ceilings = false;
@@ -134,6 +135,7 @@ class Runner {
     std::vector<PrefillRequest> requests;
     for (const int32_t slot : slots_) {
       SampleParams params = default_sampling({});
+      params.temperature = flags_.temperature;
       params.sequence = static_cast<uint64_t>(slot);
       engine.open(slot, params);
       requests.push_back({slot, std::span(ids).subspan(static_cast<size_t>(slot) * n, n)});
@@ -462,6 +464,11 @@ Command add_bench_command(CLI::App& app, CommonFlags& common) {
                            "Also -pg: each sequence is fed P tokens, then generates N; repeatable"))
       ->allow_extra_args(false)
       ->type_name("P,N");
+  with_env(sub->add_option("--temp,--temperature", flags->temperature,
+                           "Of sampling; with one above 0 come top-k 40, top-p 0.95 and min-p 0.05 "
+                           "(default 0: greedy)"))
+      ->check(CLI::Range(0.0F, 100.0F))
+      ->type_name("T");
   with_env(sub->add_option("-r,--repetitions", flags->repetitions,
                            "Timed repetitions of each test (default 5)"))
       ->check(CLI::Range(1, 1 << 20))
