@@ -39,6 +39,17 @@ bool has_programmatic_launch() {
   return yes;
 }
 
+int multiprocessor_count() {
+  static const int count = [] {
+    int device = 0;
+    int n = 0;
+    KRAIT_CUDA(cudaGetDevice(&device));
+    KRAIT_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    return n;
+  }();
+  return count;
+}
+
 namespace {
 
 /// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.
@@ -325,11 +336,14 @@ class CudaOps final : public Ops {
     KRAIT_CUDA(cudaMallocHost(&host, kRing + sizeof(unsigned long long)));
     mailbox_host_ = Buffer(host, kRing + sizeof(unsigned long long), free_pinned);
     std::memset(host, 0, mailbox_host_.bytes());
-    mailbox_counters_ = allocate(2 * sizeof(unsigned long long), "mailbox");
-    zero(mailbox_counters_.data(), mailbox_counters_.bytes());
+    constexpr size_t kCounters = 2 * sizeof(unsigned long long);
+    constexpr size_t kScratch = sizeof(uint64_t) * Mailbox::kMaxRows * Mailbox::kParts;
+    mailbox_counters_ = allocate(kCounters + kScratch, "mailbox");
+    zero(mailbox_counters_.data(), kCounters);
     mailbox_.ring = static_cast<int32_t*>(host);
     mailbox_.posted = reinterpret_cast<unsigned long long*>(static_cast<std::byte*>(host) + kRing);
     mailbox_.counters = static_cast<unsigned long long*>(mailbox_counters_.data());
+    mailbox_.part_best = reinterpret_cast<uint64_t*>(mailbox_.counters + 2);
   }
 
   int index_;

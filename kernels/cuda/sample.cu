@@ -10,10 +10,18 @@
 // narrower ranges of keys find the token. What a filter leaves moves to shared memory too, in the
 // order of ids, as soon as it fits; before that, a dropped token becomes -inf in `logits`.
 //
-// Shapes   logits f32 [n_seq, vocab_rows]; state by slot
-// Launch   one block of 1024 threads per row
-// Bytes    4 * vocab per pass, from L2: one pass for greedy, 5 for top-k; later filters work on
-// what is left Same as  kernels/cpu sample; tests/ops/sample_test.cpp
+// One block per row is too few for a large vocabulary. So first many blocks go through the row, a
+// part each: they apply biases and penalties, and note the best token of the part. That settles
+// greedy; and of top-k with k up to kParts it leaves little: the k-th best of the parts' best
+// tokens is no better than the k-th best of all, so only tokens from it on are candidates, most
+// often fewer than 2k, and only parts whose best is among them need be read again.
+//
+// Shapes   logits f32 [n_seq, vocab_rows]; state by slot; part_best u64 [n_seq, kParts]
+// Launch   one warp per part, then one block of 1024 threads per row
+
+// Bytes    4 * vocab, then about a third of that with top-k, nothing more for greedy; without top-k
+//          4 * vocab per filter, from L2
+// Same as  kernels/cpu sample; tests/ops/sample_test.cpp
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 #include "kernels/sampling.h"
@@ -25,6 +33,10 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 2 * kThreads;
 constexpr int kListSize = 2048;
+constexpr int kParts = Mailbox::kParts;
+constexpr int kSorted = kThreads / 4;
+constexpr int kPartThreads = 256;
+static_assert(kParts % kWarps == 0 && kParts <= kThreads && kParts % (kPartThreads / 32) == 0);
 constexpr uint64_t kNoKey = ~uint64_t{0};
 
 struct Shared {
@@ -313,13 +325,56 @@ __device__ int32_t draw(const Candidates& c, uint64_t threshold, Shared& s, Mass
   return static_cast<int32_t>(s.result[0]);
 }
 
-/// Steps "bias" and "penalty" of kernels/sampling.h.
-__device__ void bias_and_penalties(float* logit, int n, const SampleParams& p,
-                                   const int32_t* bias_id, const float* bias_value, int n_bias,
-                                   const int32_t* counts) {
-  for (int b = threadIdx.x; b < n_bias; b += kThreads) {
+/// The part of a row of n tokens: a multiple of 4 tokens each.
+struct Part {
+  int begin, end;
+  __device__ Part(int n, int part) {
+    const int size = (n + kParts * 4 - 1) / (kParts * 4) * 4;
+    begin = min(part * size, n);
+    end = min(begin + size, n);
+  }
+};
+
+/// f(i, logit) for the tokens of a part, the lanes of a warp sharing them; 8 loads are in flight. A
+/// lane without a token gets -inf.
+template <typename F>
+__device__ void each_of_part(const float* logit, const Part& part, F&& f) {
+  constexpr int kAhead = 8;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int first = part.begin; first < part.end; first += 32 * kAhead) {
+    float l[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + 32 * j + lane;
+      l[j] = i < part.end ? __ldcg(logit + i) : -INFINITY;
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (first + 32 * j < part.end) f(first + 32 * j + lane, sampling::clean(l[j]));
+    }
+  }
+}
+
+/// Steps "bias" and "penalty" of kernels/sampling.h, and the first key of each part. One warp a
+/// part.
+__global__ void __launch_bounds__(kPartThreads)
+    sample_parts_kernel(float* logits, int vocab, int64_t row_stride, SampleState state, int n_bias,
+                        int64_t counts_stride, const int32_t* slots, uint64_t* part_best) {
+  after_previous();
+  const int64_t seq = blockIdx.y;
+  const int32_t slot = slots[seq];
+  if (slot < 0) return;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int index = static_cast<int>((blockIdx.x * kPartThreads + threadIdx.x) / 32);
+  const Part part(vocab, index);
+  float* logit = logits + seq * row_stride;
+  const SampleParams& p = static_cast<const SampleParams*>(state.params.data)[slot];
+  const int32_t* bias_id = static_cast<const int32_t*>(state.bias_id.data) + slot * n_bias;
+  const float* bias_value = static_cast<const float*>(state.bias_value.data) + slot * n_bias;
+
+  for (int b = lane; b < n_bias; b += 32) {
     const int32_t id = bias_id[b];
-    if (id < 0 || id >= n) continue;
+    if (id < part.begin || id >= part.end) continue;
     bool first = true;  // the first entry of a token applies them all, in their order
     for (int a = 0; a < b; ++a) first = first && bias_id[a] != id;
     if (!first) continue;
@@ -329,28 +384,183 @@ __device__ void bias_and_penalties(float* logit, int n, const SampleParams& p,
     }
     logit[id] = l;
   }
-  __syncthreads();
+  __syncwarp();
   const bool penalise =
       p.repeat_penalty != 1.0F || p.presence_penalty != 0.0F || p.frequency_penalty != 0.0F;
-  if (counts != nullptr && penalise) {
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      const int32_t count = counts[i];
-      if (count > 0) {
-        logit[i] = sampling::penalised(sampling::clean(logit[i]), count, p.repeat_penalty,
-                                       p.presence_penalty, p.frequency_penalty);
+  const int32_t* counts =
+      state.counts.data == nullptr || !penalise
+          ? nullptr
+          : static_cast<const int32_t*>(state.counts.data) + slot * counts_stride;
+  uint64_t best = kNoKey;
+  each_of_part(logit, part, [&](int i, float l) {
+    if (counts != nullptr && i < part.end && counts[i] > 0) {
+      l = sampling::penalised(l, counts[i], p.repeat_penalty, p.presence_penalty,
+                              p.frequency_penalty);
+      logit[i] = l;
+      l = sampling::clean(l);
+    }
+    if (l > -INFINITY) best = min(best, sampling::descending_key(l, i));
+  });
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) best = min(best, __shfl_xor_sync(0xffffffffU, best, d));
+  if (lane == 0) part_best[seq * kParts + index] = best;
+}
+
+/// Moves the candidates for top-k with k <= kParts to the list in shared memory, in the order of
+/// ids: the tokens up to the k-th of the parts' first keys. Leaves `c` alone where there are too
+/// many.
+__device__ void gather_top(Candidates& c, int k, const uint64_t* part_best, Shared& s) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  // The rank of each part's first key; keys differ, but for parts that have none.
+  if (thread < kParts) {
+    const uint64_t mine = part_best[thread];
+    int rank = 0;
+    for (int i = 0; i < kParts; ++i) {
+      const uint64_t other = part_best[i];
+      rank += other < mine || (other == mine && i < thread) ? 1 : 0;
+    }
+    if (rank == k - 1) s.result[0] = mine;
+  }
+  __syncthreads();
+  const uint64_t last = s.result[0];
+  if (last == kNoKey) return;  // fewer than k parts have tokens at all
+
+  // Each warp takes kParts / kWarps neighbouring parts: counts, then writes behind those before it.
+  const auto visit = [&](auto&& f) {
+    for (int i = 0; i < kParts / kWarps; ++i) {
+      const int at = warp * (kParts / kWarps) + i;
+      if (part_best[at] > last) continue;
+      each_of_part(c.logit, Part(c.n, at), [&](int id, float l) {
+        f(l > -INFINITY && sampling::descending_key(l, id) <= last, id, l);
+      });
+    }
+  };
+  int mine = 0;
+  visit([&](bool in, int, float) { mine += __popc(__ballot_sync(0xffffffffU, in)); });
+  if (lane == 0) s.warp[warp] = static_cast<uint64_t>(mine);
+  __syncthreads();
+  int total = 0;
+  int at = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) at = total;
+    total += static_cast<int>(s.warp[w]);
+  }
+  __syncthreads();
+  if (total > kListSize) return;
+  visit([&](bool in, int id, float l) {
+    const unsigned all = __ballot_sync(0xffffffffU, in);
+    if (in) {
+      const int to = at + __popc(all & ((1U << lane) - 1));
+      s.list_logit[to] = l;
+      s.list_id[to] = id;
+    }
+    at += __popc(all);
+  });
+  __syncthreads();
+  c = {s.list_logit, s.list_id, total, false};
+}
+
+/// All steps after the penalties, for up to kSorted candidates and 0 < top_k <= kParts, without
+/// typical: the best top_k are put in order, and then one warp does the rest, since what top-p and
+/// min-p keep is a beginning of that order.
+__device__ int32_t choose_sorted(const Candidates& c, const SampleParams& p, int64_t position,
+                                 Shared& s) {
+  const int thread = static_cast<int>(threadIdx.x);
+  // The rank of a key is the number of smaller ones: keys differ. Four threads share a key.
+  auto* keys = reinterpret_cast<uint64_t*>(s.bins);              // [kSorted], as they come
+  auto* sorted = reinterpret_cast<uint64_t*>(s.bins) + kSorted;  // [kParts]
+  if (thread < kSorted) {
+    keys[thread] = thread < c.n ? sampling::descending_key(c.at(thread), c.token(thread)) : kNoKey;
+  }
+  __syncthreads();
+  const uint64_t mine = keys[thread / 4];
+  int rank = 0;
+  for (int i = thread % 4; i < c.n; i += 4) rank += keys[i] < mine ? 1 : 0;
+  rank += __shfl_xor_sync(0xffffffffU, rank, 1);
+  rank += __shfl_xor_sync(0xffffffffU, rank, 2);
+  if (thread % 4 == 0 && mine != kNoKey && rank < kParts) sorted[rank] = mine;
+  __syncthreads();
+
+  if (thread < 32) {
+    constexpr int kPer = kParts / 32;  // neighbouring ranks of a lane
+    const float top = logit_of_key(sorted[0]);
+    uint64_t key[kPer], weight[kPer];
+    uint64_t sum = 0;
+    int n = min(p.top_k, c.n);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int at = thread * kPer + i;
+      key[i] = at < n ? sorted[at] : kNoKey;
+      weight[i] = at < n ? sampling::weight(top - logit_of_key(key[i])) : 0;
+      sum += weight[i];
+    }
+    if (p.top_p < 1.0F) {  // up to the first at which the running mass reaches the target
+      const uint64_t inclusive = warp_inclusive_sum(sum);
+      const uint64_t total = __shfl_sync(0xffffffffU, inclusive, 31);
+      const uint64_t target = sampling::kept_from(p.top_p, total);
+      uint64_t running = inclusive - sum;
+      int kept = n;
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        running += weight[i];
+        if (running >= target) kept = min(kept, thread * kPer + i + 1);
+      }
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) kept = min(kept, __shfl_xor_sync(0xffffffffU, kept, d));
+      n = kept;
+    }
+    const uint64_t least = p.min_p > 0.0F ? sampling::min_weight(p.min_p) : 0;
+    uint64_t total = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const bool kept = thread * kPer + i < n && weight[i] >= least;
+      weight[i] = kept ? sampling::weight((top - logit_of_key(key[i])) / p.temperature) : 0;
+      total += weight[i];
+    }
+    total = warp_sum(total);
+    const uint64_t threshold =
+        sampling::draw_threshold(sampling::uniform24(p.seed, p.sequence, position), total);
+    // By id: a token is drawn if the mass of the lower ids is at most the threshold, and with its
+    // own it is more.
+    uint64_t below[kPer] = {};
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      for (int lane = 0; lane < 32; ++lane) {
+        const uint64_t other = __shfl_sync(0xffffffffU, key[i], lane);
+        const uint64_t mass = __shfl_sync(0xffffffffU, weight[i], lane);
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          if (static_cast<uint32_t>(other) < static_cast<uint32_t>(key[j])) below[j] += mass;
+        }
       }
     }
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (weight[i] != 0 && below[i] <= threshold && threshold < below[i] + weight[i]) {
+        s.result[0] = sampling::token_of_key(key[i]);
+      }
+    }
   }
+  __syncthreads();
+  return static_cast<int32_t>(s.result[0]);
 }
 
 /// All steps after the penalties.
-__device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position, Shared& s) {
-  uint64_t best = first_key(c, s);
+__device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
+                          const uint64_t* part_best, Shared& s) {
+  uint64_t best = block_min(threadIdx.x < kParts ? part_best[threadIdx.x] : kNoKey, s);
   if (best == kNoKey)
     return 0;  // every token is forbidden: the lowest id, as in the plain definition
   if (!(p.temperature > 0.0F)) return sampling::token_of_key(best);
   float top = logit_of_key(best);
+  if (p.top_k > 0 && p.top_k <= kParts) {
+    gather_top(c, p.top_k, part_best, s);
+    if (c.id != nullptr && c.n <= kSorted && !(p.typical_p < 1.0F)) {
+      return choose_sorted(c, p, position, s);
+    }
+  }
 
   const auto nats = [&](int, float l) { return top - l; };
   const auto by_logit = [&](int i, float l) { return sampling::descending_key(l, c.token(i)); };
@@ -401,7 +611,8 @@ __device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
 
 __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(float* logits, int vocab, int64_t row_stride, SampleState state, int window,
-                  int n_bias, int64_t counts_stride, const int32_t* slots, Mailbox mail) {
+                  int64_t counts_stride, const int32_t* slots, const uint64_t* part_best,
+                  Mailbox mail) {
   after_previous();
   __shared__ Shared s;
   const int seq = static_cast<int>(blockIdx.x);
@@ -414,13 +625,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     int32_t* counts = state.counts.data == nullptr
                           ? nullptr
                           : static_cast<int32_t*>(state.counts.data) + slot * counts_stride;
-    const int32_t* bias_id = static_cast<const int32_t*>(state.bias_id.data) + slot * n_bias;
-    const float* bias_value = static_cast<const float*>(state.bias_value.data) + slot * n_bias;
     float* row = logits + seq * row_stride;
 
-    bias_and_penalties(row, vocab, p, bias_id, bias_value, n_bias, counts);
     const bool vector = row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-    token = choose({row, nullptr, vocab, vector}, p, *position, s);
+    token = choose({row, nullptr, vocab, vector}, p, *position, part_best + seq * kParts, s);
     __syncthreads();
 
     if (threadIdx.x == 0) {
@@ -466,11 +674,16 @@ void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const
                                        " sequences in one step: at most " +
                                        std::to_string(Mailbox::kMaxRows) + " are built");
   }
+  const dim3 parts(kParts / (kPartThreads / 32), static_cast<unsigned>(n_seq));
+  const int64_t counts_stride = state.counts ? state.counts.row_stride : 0;
+  launch("sample_parts", sample_parts_kernel, parts, kPartThreads, 0, stream, logits.as<float>(),
+         static_cast<int>(vocab), logits.row_stride, state,
+         state.bias_id ? static_cast<int>(state.bias_id.dim(1)) : 0, counts_stride,
+         slot.as<int32_t>(), mailbox.part_best);
   launch("sample", sample_kernel, static_cast<unsigned>(n_seq), kThreads, 0, stream,
          logits.as<float>(), static_cast<int>(vocab), logits.row_stride, state,
-         state.seen ? static_cast<int>(state.seen.dim(1)) : 0,
-         state.bias_id ? static_cast<int>(state.bias_id.dim(1)) : 0,
-         state.counts ? state.counts.row_stride : 0, slot.as<int32_t>(), mailbox);
+         state.seen ? static_cast<int>(state.seen.dim(1)) : 0, counts_stride, slot.as<int32_t>(),
+         mailbox.part_best, mailbox);
 }
 
 }  // namespace krait::cuda

@@ -55,9 +55,11 @@ void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const T
 struct Mailbox {
   static constexpr int kPosts = 8;
   static constexpr int kMaxRows = 8192;
+  static constexpr int kParts = 64;  // of a row, that blocks of the sampler share
   int32_t* ring = nullptr;
   unsigned long long* posted = nullptr;
   unsigned long long* counters = nullptr;
+  uint64_t* part_best = nullptr;  // device, kMaxRows x kParts: scratch
 };
 void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
             int64_t n_seq, const Mailbox& mailbox, cudaStream_t stream);
