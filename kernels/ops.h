@@ -21,9 +21,11 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/buffer.h"
 #include "base/tensor.h"
+#include "kernels/mamba1_step.h"
 
 namespace krait {
 
@@ -239,6 +241,16 @@ class Ops {
   virtual void stream_read(void* sum, const void* src, size_t bytes) = 0;
 
   // ---- whole steps ------------------------------------------------------------------------------
+
+  /// A decode step of a Mamba-1 model at once, from ids i32 [n_seq] to logits f32 [n_seq,
+  /// vocab_rows]; state[layer] is conv_state and ssm_state, as the verbs above have them. Returns
+  /// false, having done nothing, where this backend has no such step for the model's sizes and
+  /// types or the batch: then the verbs do it.
+  virtual bool mamba1_step(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+                           const Batch& batch, std::span<const std::vector<Tensor>> state) {
+    (void)weights, (void)logits, (void)ids, (void)batch, (void)state;
+    return false;
+  }
 
   /// Runs `step`, which calls verbs only, and may remember their launches under `key`: a later call
   /// with the same key may repeat them without calling `step`. So everything that changes from call

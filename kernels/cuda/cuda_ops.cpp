@@ -11,6 +11,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/verbs.h"
 #include "kernels/cuda/weight_stream.h"
@@ -247,6 +248,11 @@ class CudaOps final : public Ops {
 
   // ---- whole steps ------------------------------------------------------------------------------
 
+  bool mamba1_step(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+                   const Batch& batch, std::span<const std::vector<Tensor>> state) override {
+    return mamba1_stepper_.run(weights, logits, ids, batch, state, stream_);
+  }
+
   /// The first time a step runs as it is (libraries set themselves up), the second time it is
   /// captured.
   void replay(uint64_t key, const std::function<void()>& step) override {
@@ -355,6 +361,8 @@ class CudaOps final : public Ops {
   Staging staging_;
   std::unique_ptr<Gemm> gemm_;
   Buffer ssd_scratch_;
+  Mamba1Stepper mamba1_stepper_{
+      [this](size_t bytes, std::string_view what) { return allocate(bytes, what); }};
   Buffer mailbox_host_;
   Buffer mailbox_counters_;
   Mailbox mailbox_;

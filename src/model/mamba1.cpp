@@ -3,6 +3,8 @@
 //
 // Falcon-Mamba (Zuo et al. 2024) is the same with one thing more: dt (before its projection), B and
 // C are normalised by their root mean square, without weights.
+#include <algorithm>
+
 #include "model/family.h"
 #include "model/mamba1_weights.h"
 
@@ -26,6 +28,13 @@ class Mamba1 final : public Model {
     op.embed(residual, ids, embedding_);  // residual [n_tok, d_model]
     for (size_t i = 0; i < layers_.size(); ++i)
       layer(op, layers_[i], residual, act, batch, state[i]);
+  }
+
+  bool step(Ops& op, const Tensor& logits, const Tensor& ids, const Batch& batch,
+            const std::vector<LayerState>& state) const override {
+    return op.mamba1_step({layers_, embedding_, norm_f_, lm_head_, config_.norm_eps,
+                           std::max(config_.mixer_norm_eps, 0.0F)},
+                          logits, ids, batch, state);
   }
 
  private:

@@ -56,6 +56,15 @@ class Model {
   virtual void forward(Ops& op, const Tensor& residual, const Tensor& ids, const Batch& batch,
                        const Activations& act, const std::vector<LayerState>& state) const = 0;
 
+  /// A whole decode step, one token per sequence, where the backend has one for this model: logits
+  /// f32 [n_seq, vocab_rows] of ids. False, with nothing done, where it has none: then forward()
+  /// and head() do it.
+  virtual bool step(Ops& op, const Tensor& logits, const Tensor& ids, const Batch& batch,
+                    const std::vector<LayerState>& state) const {
+    (void)op, (void)logits, (void)ids, (void)batch, (void)state;
+    return false;
+  }
+
   /// Final norm and head: logits f32 [n, vocab_rows] of residual f32 [n, d_model]; normed T [n,
   /// d_model].
   void head(Ops& op, const Tensor& logits, const Tensor& normed, const Tensor& residual) const;

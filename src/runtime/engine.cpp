@@ -241,8 +241,12 @@ struct Engine::Impl {
     const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
     const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
     op.gather_rows(ids, next_id, b.slot);
-    forward(step_memory[kIds].rows(0, n), b);
-    sample(head(residual(0, n)), b.slot, n);
+    Tensor logits = step_memory[kLogits].rows(0, n);
+    if (!model.step(op, logits, step_memory[kIds].rows(0, n), b, state.layers())) {
+      forward(step_memory[kIds].rows(0, n), b);
+      logits = head(residual(0, n));
+    }
+    sample(logits, b.slot, n);
   }
 
   /// Notes a launch of n_seq sequences that sampled n_row rows, padding rows last.

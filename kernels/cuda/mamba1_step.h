@@ -1,0 +1,36 @@
+// A whole decode step of a Mamba-1 model in one persistent kernel: mamba1_step.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "kernels/mamba1_step.h"
+#include "kernels/ops.h"
+
+namespace krait::cuda {
+
+class Mamba1Stepper {
+ public:
+  using Allocate = std::function<Buffer(size_t bytes, std::string_view what)>;
+
+  explicit Mamba1Stepper(Allocate allocate);
+  ~Mamba1Stepper();
+  Mamba1Stepper(const Mamba1Stepper&) = delete;
+  Mamba1Stepper& operator=(const Mamba1Stepper&) = delete;
+
+  /// Ops::mamba1_step. The first call for a model and its states allocates and prepares; later ones
+  /// launch only, so that they can be captured.
+  bool run(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+           const Batch& batch, std::span<const std::vector<Tensor>> state, cudaStream_t stream);
+
+ private:
+  struct Plan;
+  Allocate allocate_;
+  std::vector<std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace krait::cuda
