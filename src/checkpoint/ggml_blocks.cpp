@@ -60,6 +60,7 @@ class Fields {
 /// The number of a nibble, bit or pair of bits as the float it counts for.
 float real(int v) { return static_cast<float>(v); }
 
+const uint8_t* at(const uint8_t* field, int i) { return field + i; }
 int lo(uint8_t byte) { return byte & 15; }
 int hi(uint8_t byte) { return byte >> 4; }
 int bit(uint32_t word, int i) { return static_cast<int>(word >> i & 1U); }
@@ -119,7 +120,7 @@ void q2_k(Fields f, float* x) {
   const float d = f.half();
   const float dmin = f.half();
   for (int s = 0; s < 16; ++s) {
-    const uint8_t* part = q + 32 * (s / 8) + 16 * (s % 2);
+    const uint8_t* part = at(q, 32 * (s / 8) + 16 * (s % 2));
     const int shift = 2 * (s / 2 % 4);
     const float ds = d * real(lo(scale[s]));
     const float ms = dmin * real(hi(scale[s]));
@@ -137,8 +138,8 @@ void q3_k(Fields f, float* x) {
     const int low = s < 8 ? lo(scale[s]) : hi(scale[s - 8]);
     const int high = scale[8 + s % 4] >> (2 * (s / 4)) & 3;
     const float ds = d * real((low | high << 4) - 32);
-    const uint8_t* part = q + 32 * (s / 8) + 16 * (s % 2);
-    const uint8_t* part_h = h + 16 * (s % 2);
+    const uint8_t* part = at(q, 32 * (s / 8) + 16 * (s % 2));
+    const uint8_t* part_h = at(h, 16 * (s % 2));
     const int shift = 2 * (s / 2 % 4);
     for (int j = 0; j < 16; ++j) {
       const int below = bit(part_h[j], s / 2) != 0 ? 0 : 4;
@@ -167,7 +168,7 @@ void q4_k(Fields f, float* x) {
     const ScaleMin sm = scale_min(scale, s);
     const float ds = d * real(sm.scale);
     const float ms = dmin * real(sm.min);
-    const uint8_t* part = q + 32 * (s / 2);
+    const uint8_t* part = at(q, 32 * (s / 2));
     for (int j = 0; j < 32; ++j) {
       x[32 * s + j] = ds * real(s % 2 == 0 ? lo(part[j]) : hi(part[j])) - ms;
     }
@@ -184,7 +185,7 @@ void q5_k(Fields f, float* x) {
     const ScaleMin sm = scale_min(scale, s);
     const float ds = d * real(sm.scale);
     const float ms = dmin * real(sm.min);
-    const uint8_t* part = q + 32 * (s / 2);
+    const uint8_t* part = at(q, 32 * (s / 2));
     for (int j = 0; j < 32; ++j) {
       const int low = s % 2 == 0 ? lo(part[j]) : hi(part[j]);
       x[32 * s + j] = ds * real(low | bit(h[j], s) << 4) - ms;
@@ -200,8 +201,8 @@ void q6_k(Fields f, float* x) {
   // Group g of 32 elements: 4 to a half; low bits in nibble g / 2 % 2 of q[64 * half + 32 * (g % 2)
   // ...], high bits at 2 * (g % 4) of h[32 * half ...].
   for (int g = 0; g < 8; ++g) {
-    const uint8_t* part = q + 64 * (g / 4) + 32 * (g % 2);
-    const uint8_t* part_h = h + 32 * (g / 4);
+    const uint8_t* part = at(q, 64 * (g / 4) + 32 * (g % 2));
+    const uint8_t* part_h = at(h, 32 * (g / 4));
     for (int j = 0; j < 32; ++j) {
       const int low = g / 2 % 2 == 0 ? lo(part[j]) : hi(part[j]);
       const int high = part_h[j] >> (2 * (g % 4)) & 3;

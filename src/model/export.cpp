@@ -24,8 +24,8 @@ constexpr std::string_view kHead = "lm_head.weight";
 /// What becomes of each element on its way.
 using Change = float (*)(float);
 float as_it_is(float v) { return v; }
-float A_of_log(float v) { return -std::exp(v); }
-float log_of_A(float v) { return std::log(-v); }
+float a_of_log(float v) { return -std::exp(v); }
+float log_of_a(float v) { return std::log(-v); }
 
 /// A part of a tensor at a time, of whole blocks.
 constexpr int64_t kPart = 1 << 16;
@@ -175,7 +175,7 @@ std::vector<OutputTensor> ModelExport::hugging_face_tensors() const {
       if (missing && row.role == Role::optional_vector) continue;
       if (missing && row.role == Role::negative_exp) {
         const Entry& A = tensor(without_log(name), row.shape);
-        out.push_back(converted(A, name, DType::f32, row.shape, log_of_A));
+        out.push_back(converted(A, name, DType::f32, row.shape, log_of_a));
         continue;
       }
       const Entry& e = tensor(name, row.shape);
@@ -254,7 +254,7 @@ std::vector<OutputTensor> ModelExport::gguf_tensors() const {
         out.push_back(zeros(*ggml, shape));  // llama.cpp wants the bias of the convolution
       } else if (row.role == Role::negative_exp) {
         const Entry& A = tensor(missing ? without_log(name) : name, row.shape);
-        out.push_back(converted(A, *ggml, DType::f32, shape, missing ? as_it_is : A_of_log));
+        out.push_back(converted(A, *ggml, DType::f32, shape, missing ? as_it_is : a_of_log));
       } else {
         const DType dtype = row.role == Role::matrix ? dtype_ : DType::f32;
         out.push_back(converted(tensor(name, row.shape), *ggml, dtype, shape));

@@ -36,7 +36,7 @@ HostCopy to_f32(const Checkpoint::Entry& e) {
 }
 
 /// Where a GGUF file has A instead of A_log.
-std::string plain_A(std::string_view name) {
+std::string plain_a(std::string_view name) {
   constexpr std::string_view kLog = "_log";
   return std::string(name.ends_with(kLog) ? name.substr(0, name.size() - kLog.size()) : name);
 }
@@ -68,7 +68,7 @@ bool has_tensors_of(const Family& family, const ModelConfig& config, const Check
   return std::all_of(table.begin(), table.end(), [&](const TensorRow& row) {
     const std::string name = layer_name(0, row.name);
     return row.role == Role::optional_vector || find_tensor(checkpoint, name) != nullptr ||
-           (row.role == Role::negative_exp && find_tensor(checkpoint, plain_A(name)) != nullptr);
+           (row.role == Role::negative_exp && find_tensor(checkpoint, plain_a(name)) != nullptr);
   });
 }
 
@@ -247,8 +247,8 @@ Tensor WeightLoader::optional_vector(const std::string& name, const Shape& shape
 
 Tensor WeightLoader::negative_exp(const std::string& name, const Shape& shape) {
   if (find_tensor(checkpoint_, name) == nullptr &&
-      find_tensor(checkpoint_, plain_A(name)) != nullptr) {
-    return vector(plain_A(name), shape);
+      find_tensor(checkpoint_, plain_a(name)) != nullptr) {
+    return vector(plain_a(name), shape);
   }
   const auto& entry = require(name, shape);
   used_.insert(&entry);

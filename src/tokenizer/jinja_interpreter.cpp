@@ -347,7 +347,7 @@ class Interpreter {
         return list(std::move(items), n.op == Op::list ? Kind::list : Kind::tuple);
       }
       case Op::dict: {
-        const Value v = arena_.dict();
+        Value v = arena_.dict();
         for (size_t i = 0; i + 1 < n.kids.size(); i += 2) {
           const Value key = eval(*n.kids[i], scope);
           if (!key.is_string()) unsupported("a dict whose keys are no strings is not built");
@@ -445,7 +445,7 @@ class Interpreter {
     if (a.kind == Kind::real || b.kind == Kind::real) return real(op, a.to_real(), b.to_real());
     return integer(op, a.to_integer(), b.to_integer());
   }
-  Value real(const std::string& op, double a, double b) const {
+  [[nodiscard]] Value real(const std::string& op, double a, double b) const {
     if (op == "+") return a + b;
     if (op == "-") return a - b;
     if (op == "*") return a * b;
@@ -454,7 +454,7 @@ class Interpreter {
     const double rest = std::fmod(a, b);  // %: with the sign of b
     return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
   }
-  Value integer(const std::string& op, int64_t a, int64_t b) const {
+  [[nodiscard]] Value integer(const std::string& op, int64_t a, int64_t b) const {
     int64_t v = 0;
     bool over = false;
     if (op == "+") {
@@ -723,29 +723,31 @@ class Interpreter {
     return Value::undefined(name);
   }
 
-  const Value& argument(const Arguments& a, size_t i, std::string_view key,
-                        std::string_view of) const {
+  [[nodiscard]] const Value& argument(const Arguments& a, size_t i, std::string_view key,
+                                      std::string_view of) const {
     if (i < a.values.size()) return a.values[i];
     for (const auto& [name, value] : a.named) {
       if (name == key) return value;
     }
     fail(fmt::format("{}: the argument {} is missing", of, key));
   }
-  const Value* optional_argument(const Arguments& a, size_t i, std::string_view key) const {
+  [[nodiscard]] const Value* optional_argument(const Arguments& a, size_t i,
+                                               std::string_view key) const {
     if (i < a.values.size()) return &a.values[i];
     for (const auto& [name, value] : a.named) {
       if (name == key) return &value;
     }
     return nullptr;
   }
-  const std::string& string_argument(const Arguments& a, size_t i, std::string_view key,
-                                     std::string_view of) const {
+  [[nodiscard]] const std::string& string_argument(const Arguments& a, size_t i,
+                                                   std::string_view key,
+                                                   std::string_view of) const {
     const Value& v = argument(a, i, key, of);
     if (!v.is_string()) fail(fmt::format("{}: expected a str, found {}", of, type_name(v)));
     return *v.text;
   }
-  int64_t integer_argument(const Arguments& a, size_t i, std::string_view key,
-                           int64_t otherwise) const {
+  [[nodiscard]] int64_t integer_argument(const Arguments& a, size_t i, std::string_view key,
+                                         int64_t otherwise) const {
     const Value* v = optional_argument(a, i, key);
     if (v == nullptr || v->kind == Kind::none) return otherwise;
     if (!v->is_integer()) fail(fmt::format("{}: expected an int, found {}", key, type_name(*v)));
@@ -1023,7 +1025,7 @@ class Interpreter {
     });
     const auto make_dict = [this](Kind kind) {
       return [this, kind](const Arguments& a) {
-        const Value v = arena_.dict(kind);
+        Value v = arena_.dict(kind);
         for (const Value& from : a.values) {
           if (!from.is_mapping()) fail(fmt::format("dict() of {}", type_name(from)));
           for (const auto& [key, value] : from.dict->items) v.dict->set(key, value);
@@ -1165,9 +1167,10 @@ class Interpreter {
   /// The filters of lists.
   Value apply_to_items(const std::string& name, const Value& v, const Arguments& a) {
     if (name == "reverse" && v.is_string()) {
-      const List characters = items_of(v);
+      List characters = items_of(v);
+      std::reverse(characters.begin(), characters.end());
       std::string s;
-      for (auto it = characters.rbegin(); it != characters.rend(); ++it) s += *it->text;
+      for (const Value& c : characters) s += *c.text;
       return text(std::move(s));
     }
     List all = items_of(v);

@@ -622,9 +622,7 @@ class Parser {
     for (;;) {
       std::string op;
       const auto* sign = std::find(std::begin(kSigns), std::end(kSigns), peek().text);
-      if (peek().type == Type::sign && sign != std::end(kSigns)) {
-        op = take().text;
-      } else if (is_word("in")) {
+      if ((peek().type == Type::sign && sign != std::end(kSigns)) || is_word("in")) {
         op = take().text;
       } else if (is_word("not") && peek(1).type == Type::name && peek(1).text == "in") {
         take();
@@ -773,7 +771,7 @@ class Parser {
                    std::move(parts[2]));
   }
 
-  NodePtr constant(Value v) const {
+  [[nodiscard]] NodePtr constant(Value v) const {
     NodePtr n = node(Op::constant);
     n->value = std::move(v);
     return n;

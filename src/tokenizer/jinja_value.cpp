@@ -272,7 +272,7 @@ Value Arena::from_json(const nlohmann::ordered_json& json, int depth) {
     return list(std::move(items));
   }
   if (json.is_object()) {
-    const Value v = dict();
+    Value v = dict();
     for (const auto& [key, value] : json.items()) v.dict->set(key, from_json(value, depth - 1));
     return v;
   }
