@@ -5,8 +5,12 @@
 # JOBS test programs run at once (default 4), each for at most LIMIT seconds (default 1800); the logs are
 # BUILD/sanitize/TOOL.TEST.log. Cases that allocate more than there is are meant to fail: errors that
 # the runtime returns to the caller are not counted. Slow cases are left out.
+#
+# racecheck does not follow an mbarrier on which one lane arrives for its warp: in mamba1_step_test it
+# reports the ring's copies against the reads before that arrival. With all lanes arriving (32 times
+# the count in mbarrier_init) it reports nothing.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 build=$1
 shift
 tools=("$@")

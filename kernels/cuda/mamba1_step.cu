@@ -951,8 +951,9 @@ void lay_out(StepParams& p, int blocks, int shared_limit) {
   if (p.n_stage < 4) p.n_stage = 0;
 }
 
+/// False: not built for these sizes. `refused`: the device had no room for all blocks at once.
 template <typename T, int B>
-bool launch_step(StepParams p, cudaStream_t stream) {
+bool launch_step(StepParams p, bool& refused, cudaStream_t stream) {
   int device = 0;
   int limit = 0;
   KRAIT_CUDA(cudaGetDevice(&device));
@@ -979,16 +980,22 @@ bool launch_step(StepParams p, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  KRAIT_CUDA(cudaLaunchKernelEx(&config, kernel, p));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, p);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {  // a GPU of which we have only a part
+    (void)cudaGetLastError();
+    refused = true;
+    return false;
+  }
+  KRAIT_CUDA(status);
   return true;
 }
 
 template <typename T>
-bool launch_step(const StepParams& p, cudaStream_t stream) {
-  if (p.n_seq == 1) return launch_step<T, 1>(p, stream);
-  if (p.n_seq == 2) return launch_step<T, 2>(p, stream);
-  if (p.n_seq <= 4) return launch_step<T, 4>(p, stream);
-  return launch_step<T, 8>(p, stream);
+bool launch_step(const StepParams& p, bool& refused, cudaStream_t stream) {
+  if (p.n_seq == 1) return launch_step<T, 1>(p, refused, stream);
+  if (p.n_seq == 2) return launch_step<T, 2>(p, refused, stream);
+  if (p.n_seq <= 4) return launch_step<T, 4>(p, refused, stream);
+  return launch_step<T, 8>(p, refused, stream);
 }
 
 bool has_bulk_copies() {
@@ -1022,7 +1029,8 @@ Mamba1Stepper::~Mamba1Stepper() = default;
 bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
                         const Batch& batch, std::span<const std::vector<Tensor>> state,
                         cudaStream_t stream) {
-  if (!has_bulk_copies() || weights.layers.empty() || !Plan::supports(weights, state, batch)) {
+  if (refused_ || !has_bulk_copies() || weights.layers.empty() ||
+      !Plan::supports(weights, state, batch)) {
     return false;
   }
   std::vector<StepLayer> layers;
@@ -1092,8 +1100,8 @@ bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, cons
   p.logits = logits.as<float>();
   p.logits_stride = logits.row_stride;
   p.state_type = state.front()[1].dtype;
-  return plan->weight_type == DType::bf16 ? launch_step<__nv_bfloat16>(p, stream)
-                                          : launch_step<__half>(p, stream);
+  return plan->weight_type == DType::bf16 ? launch_step<__nv_bfloat16>(p, refused_, stream)
+                                          : launch_step<__half>(p, refused_, stream);
 }
 
 }  // namespace krait::cuda

@@ -31,6 +31,7 @@ class Mamba1Stepper {
   struct Plan;
   Allocate allocate_;
   std::vector<std::unique_ptr<Plan>> plans_;
+  bool refused_ = false;  // the device can't hold all blocks at once, so the verbs do it
 };
 
 }  // namespace krait::cuda
