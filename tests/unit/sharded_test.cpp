@@ -111,7 +111,7 @@ TEST(OpenCheckpoint, LooksForTheKnownNamesInOrder) {
   const ScratchDir dir;
   EXPECT_TRUE(throws(ErrorKind::file,
                      "looked for model.safetensors, model.safetensors.index.json, "
-                     "pytorch_model.bin and pytorch_model.bin.index.json",
+                     "pytorch_model.bin, pytorch_model.bin.index.json and consolidated.safetensors",
                      [&] { (void)open_checkpoint(dir.path()); }));
   write_file(dir.path() / "pytorch_model.bin", one_torch_tensor("b"));
   EXPECT_NE(open_checkpoint(dir.path())->find("b"), nullptr);
