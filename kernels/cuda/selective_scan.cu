@@ -1,8 +1,8 @@
 // selective_scan.cu - the Mamba-1 recurrence over whole sequences.
 //
 //   dt = softplus(dt_raw + dt_bias)
-//   h  = exp(dt * A) * h + dt * B * x               per channel e, state n, from h =
-//   ssm_state[slot] y  = (sum_n C * h + D * x) * silu(z)
+//   h  = exp(dt * A) * h + dt * B * x        per channel e, state n, from h = ssm_state[slot]
+//   y  = (sum_n C * h + D * x) * silu(z)
 //
 // Serial in time, parallel over channels and states: a time-parallel scan needs its exponentials
 // twice, and the exponentials are what binds. They don't depend on the recurrence, so a warp runs
@@ -22,9 +22,12 @@
 //          inputs a polynomial (1 ulp), since a long memory adds up what a decay close to 1 is off.
 //          More than 16 states are done 16 at a time, tile by tile
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
-// Roofline d_state + 6 special-function results per channel and token, and an issue rate of about
-// 10
-//          instructions per state and token: bound by both, not by bytes
+// Roofline d_state + 6 special-function results per channel and token, and about 10 instructions
+//          per state and token: bound by both, not by bytes
+// Measured H100 80GB HBM3, bf16, 2048 tokens of one sequence, us at d_inner 1536 and 5120
+//          (tools/bench_ops): 135 and 145. Special functions alone would need 20 and 62: a
+//          scheduler has one to three warps of the recurrence, which wait for shared memory and
+//          shuffles
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
