@@ -212,7 +212,7 @@ INSTANTIATE_TEST_SUITE_P(
                  .vocab_rows = 1000,
                  .family = "falcon-mamba",
                  .slots = {0, 2, 1, 4}}),
-    [](const auto& info) { return std::string(info.param.name); });
+    [](const auto& test) { return std::string(test.param.name); });
 
 TEST(Mamba1StepGpu, LeavesToTheVerbsWhatItIsNotBuiltFor) {
   StepCase many{.name = "nine", .slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}};
