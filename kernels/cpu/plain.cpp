@@ -50,8 +50,13 @@ void PlainOps::embed(const Tensor& residual, const Tensor& ids, const Tensor& ta
 void PlainOps::gather_rows(const Tensor& out, const Tensor& src, const Tensor& index) {
   cpu::check_gather_rows(out, src, index);
   for (int64_t i = 0; i < out.dim(0); ++i) {
-    const Tensor from = src.rows(index.as<int32_t>()[i], 1);
-    std::memcpy(out.rows(i, 1).data, from.data, from.bytes());
+    const Tensor to = out.rows(i, 1);
+    const int32_t row = index.as<int32_t>()[i];
+    if (row < 0) {
+      std::memset(to.data, 0, to.bytes());
+    } else {
+      std::memcpy(to.data, src.rows(row, 1).data, to.bytes());
+    }
   }
 }
 

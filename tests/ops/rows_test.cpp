@@ -104,12 +104,14 @@ TEST_P(Rows, GatherCopiesRows) {
   const DType T = c.f32_out ? DType::f32 : d.op.activation_dtype(c.weights);
   const Values src = rounded(r.uniform(kRows * c.d, -1, 1), T);
   const Tensor out = d.filled(kNan, {c.n, c.d}, T);
-  std::vector<int32_t> index{kRows - 1, 0};
+  std::vector<int32_t> index{kRows - 1, 0, -1};
   while (std::ssize(index) < c.n) index.push_back(r.below(kRows));
   index.resize(static_cast<size_t>(c.n));
   d.op.gather_rows(out, d.tensor(src, {kRows, c.d}, T), d.ints(index));
   Values want;
-  for (const int32_t i : index) append(want, rows(src, i, i + 1, c.d));
+  for (const int32_t i : index) {
+    append(want, i < 0 ? Values(static_cast<size_t>(c.d)) : rows(src, i, i + 1, c.d));
+  }
   EXPECT_TRUE(same_bits(d.read(out), want));
 }
 
