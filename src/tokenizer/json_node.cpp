@@ -79,6 +79,8 @@ nlohmann::json parse_json(std::string_view text, const std::string& name) {
         ErrorKind::format,
         fmt::format("{} is not valid JSON: an error at byte {} of {}", name, e.byte, text.size()),
         "The file may be cut short, or a pointer file of a large-file store.");
+  } catch (const nlohmann::json::exception&) {  // 1e999
+    throw Error(ErrorKind::format, fmt::format("{} has a number that is out of range", name));
   }
 }
 

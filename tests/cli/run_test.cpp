@@ -303,7 +303,7 @@ TEST(RunDefaults, GenerationConfigThenEnvironmentThenFlag) {
   const auto model = copy_model(dir);
   write_file(model / "generation_config.json",
              R"({"do_sample": true, "temperature": 0.5, "top_k": 7, "max_new_tokens": 3})");
-  const Args args{"run", "-m", model, "--ids", "1,2", "--json"};
+  const Args args{"run", "-m", model, "--ids", "1,2", "--json", "--ignore-eos"};
   Json j = json_out(args);
   EXPECT_EQ(j["sampling"]["temperature"], 0.5);
   EXPECT_EQ(j["sampling"]["top_k"], 7);

@@ -150,6 +150,8 @@ TEST(TokenizerJson, Errors) {
                      [] { (void)parse_tokenizer_json("{}", "t.json"); }));
   EXPECT_TRUE(throws(ErrorKind::format, "is not valid JSON",
                      [] { (void)parse_tokenizer_json(std::string(1 << 20, '['), "t.json"); }));
+  EXPECT_TRUE(throws(ErrorKind::format, "has a number that is out of range",
+                     [] { (void)parse_tokenizer_json(R"({"model": 1e999})", "t.json"); }));
   EXPECT_TRUE(throws(ErrorKind::format, "expected an object, found array", [] {
     (void)parse_tokenizer_json(std::string(1 << 20, '[') + std::string(1 << 20, ']'), "t.json");
   }));
