@@ -10,10 +10,7 @@ namespace krait::cuda {
 void check(cudaError_t status, const char* call, const char* file, int line);
 #define KRAIT_CUDA(call) ::krait::cuda::check((call), #call, __FILE__, __LINE__)
 
-/// Whether the current device overlaps the start of a kernel with the end of the one before it.
-[[nodiscard]] bool has_programmatic_launch();
-
-/// Streaming multiprocessors of the current device.
-[[nodiscard]] int multiprocessor_count();
+/// An attribute of the calling thread's device: several devices may be in use, a thread each.
+[[nodiscard]] int device_attribute(cudaDeviceAttr attribute);
 
 }  // namespace krait::cuda

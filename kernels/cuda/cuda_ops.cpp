@@ -29,26 +29,12 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
                   : "");
 }
 
-bool has_programmatic_launch() {
-  static const bool yes = [] {
-    int device = 0;
-    int major = 0;
-    KRAIT_CUDA(cudaGetDevice(&device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major >= 9;
-  }();
-  return yes;
-}
-
-int multiprocessor_count() {
-  static const int count = [] {
-    int device = 0;
-    int n = 0;
-    KRAIT_CUDA(cudaGetDevice(&device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
-    return n;
-  }();
-  return count;
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  KRAIT_CUDA(cudaGetDevice(&device));
+  KRAIT_CUDA(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
 
 namespace {

@@ -39,7 +39,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = has_programmatic_launch() ? 1 : 0;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name, __FILE__,
         __LINE__);
 }
@@ -127,6 +127,18 @@ __device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffU, v, d);
   return v;
+}
+
+/// The sum of `v` over the block (whole warps, up to 1024 threads), in every thread. Once per
+/// kernel: a second sum could overwrite the first before all have read it.
+__device__ __forceinline__ float block_sum(float v) {
+  __shared__ float partial[32];
+  const int warps = static_cast<int>(blockDim.x / 32);
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return warp_sum(lane < warps ? partial[lane] : 0.0F);
 }
 
 /// exp(v) = 2^(v * kLog2e)

@@ -43,6 +43,7 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/verbs.h"
 
 namespace krait::cuda {
@@ -164,20 +165,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
 /// A barrier of the consumers alone.
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                    __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                    __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // Parameters that are wanted after a barrier are requested before it: volatile keeps them there.
 __device__ __forceinline__ float4 request4(const float* p) {
@@ -396,8 +383,8 @@ __device__ __forceinline__ void product(const Block<T, B>& b, Ring& ring, int n_
           const uint4 lower = *reinterpret_cast<const uint4*>(row + 8 * kPitch + s * 64);
           const uint4 x =
               group < B ? *reinterpret_cast<const uint4*>(in + k + s * 32) : uint4{0, 0, 0, 0};
-          mma(acc, {upper.x, lower.x, upper.y, lower.y}, x.x, x.y, T());
-          mma(acc, {upper.z, lower.z, upper.w, lower.w}, x.z, x.w, T());
+          multiply_add<T>(acc, {upper.x, lower.x, upper.y, lower.y}, x.x, x.y);
+          multiply_add<T>(acc, {upper.z, lower.z, upper.w, lower.w}, x.z, x.w);
         }
         ring.release();
       }
@@ -916,7 +903,7 @@ struct Mamba1Stepper::Plan {
            w.lm_head.dtype == T && l.A.dim(1) == kState && l.conv1d.dim(1) == kConv &&
            D % 32 == 0 && E % 32 == 0 && D <= 8 * kThreads && R % 8 == 0 && J % 8 == 0 &&
            J <= 512 && state.front()[0].dtype == T &&
-           ceil_div(E, multiprocessor_count()) <= kMaxChannels;
+           ceil_div(E, device_attribute(cudaDevAttrMultiProcessorCount)) <= kMaxChannels;
   }
 };
 
@@ -954,12 +941,8 @@ void lay_out(StepParams& p, int blocks, int shared_limit) {
 /// False: not built for these sizes. `refused`: the device had no room for all blocks at once.
 template <typename T, int B>
 bool launch_step(StepParams p, bool& refused, cudaStream_t stream) {
-  int device = 0;
-  int limit = 0;
-  KRAIT_CUDA(cudaGetDevice(&device));
-  KRAIT_CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int blocks = multiprocessor_count();
-  lay_out<B>(p, blocks, limit);
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  lay_out<B>(p, blocks, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   if (p.n_stage == 0) return false;
   auto* kernel = &mamba1_step_kernel<T, B>;
   const int shared = p.at.ring + p.n_stage * kStageBytes;
@@ -998,17 +981,9 @@ bool launch_step(const StepParams& p, bool& refused, cudaStream_t stream) {
   return launch_step<T, 8>(p, refused, stream);
 }
 
-bool has_bulk_copies() {
-  static const bool yes = [] {
-    int device = 0;
-    int major = 0;
-    int cooperative = 0;
-    KRAIT_CUDA(cudaGetDevice(&device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
-    return major >= 9 && cooperative != 0;
-  }();
-  return yes;
+bool runs_here() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+         device_attribute(cudaDevAttrCooperativeLaunch) != 0;
 }
 
 StepLayer pointers(const Mamba1Layer& w, const std::vector<Tensor>& state) {
@@ -1029,7 +1004,7 @@ Mamba1Stepper::~Mamba1Stepper() = default;
 bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
                         const Batch& batch, std::span<const std::vector<Tensor>> state,
                         cudaStream_t stream) {
-  if (refused_ || !has_bulk_copies() || weights.layers.empty() ||
+  if (refused_ || !runs_here() || weights.layers.empty() ||
       !Plan::supports(weights, state, batch)) {
     return false;
   }

@@ -33,6 +33,7 @@
 // Roofline 2 n_tok H (Q (N + P) / 2 + 2 N P) FLOP, but shared memory binds: about 106 ldmatrix.x4 a
 //          warp and chunk are 1,700 cycles of a block, its products 1,200
 // Same as  ssd_scan in kernels/cpu; tests/ops/ssd_test.cpp
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/mamba2.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/verbs.h"
@@ -394,16 +395,8 @@ void run(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state, const Ba
 
 /// Whether the current device has the instructions, and a block this much shared memory.
 bool runs_here(size_t shared) {
-  static const size_t most = [] {
-    int device = 0;
-    int major = 0;
-    int bytes = 0;
-    KRAIT_CUDA(cudaGetDevice(&device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return major >= 8 ? static_cast<size_t>(bytes) : 0;
-  }();
-  return shared <= most;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
+         shared <= static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 }  // namespace

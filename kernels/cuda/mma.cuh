@@ -1,5 +1,5 @@
 // Warp-wide matrix products on 16-bit types (mma.sync m16n8k16, f32 accumulation), and how their
-// operands come: 16-byte copies to shared memory in the background, and ldmatrix from there.
+// operands come from shared memory: ldmatrix.
 //
 // In a warp, g = lane / 4 and q = lane % 4. The fragments of one product, two elements a register:
 //   A [16, 16]  a[0] (g, 2q..)  a[1] (g + 8, 2q..)  a[2] (g, 2q + 8..)  a[3] (g + 8, 2q + 8..)
@@ -11,30 +11,6 @@
 #include "kernels/cuda/device.cuh"
 
 namespace krait::cuda {
-
-/// Copies 16 bytes; zeros where `inside` is false (then nothing is read).
-__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes));
-#endif
-}
-
-/// Ends a group of copies.
-__device__ __forceinline__ void end_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;");
-#endif
-}
-
-/// Waits until no more than `n` of this thread's latest groups are under way.
-template <int n>
-__device__ __forceinline__ void await_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-#endif
-}
 
 /// Four 8 x 8 matrices: lane i gives the address of row i % 8 of matrix i / 8; register m holds
 /// elements (g, 2q..) of matrix m.

@@ -147,9 +147,7 @@ __global__ void special(unsigned* sink, int iterations) {
 class Primitives {
  public:
   Primitives() {
-    int device = 0;
-    KRAIT_CUDA(cudaGetDevice(&device));
-    KRAIT_CUDA(cudaDeviceGetAttribute(&sms_, cudaDevAttrMultiProcessorCount, device));
+    sms_ = device_attribute(cudaDevAttrMultiProcessorCount);
     KRAIT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     KRAIT_CUDA(cudaEventCreate(&begin_));
     KRAIT_CUDA(cudaEventCreate(&end_));
@@ -282,7 +280,7 @@ class Primitives {
     for (const int blocks : {1, sms_}) {
       const std::string size = std::to_string(blocks) + (blocks == 1 ? " block" : " blocks");
       add("kernel in a graph, " + size, node_us(nothing, false, blocks), "us");
-      if (has_programmatic_launch()) {
+      if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
         add("kernel in a graph, programmatic dependent launch, " + size,
             node_us(nothing_overlapped, true, blocks), "us");
       }

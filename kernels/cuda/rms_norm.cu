@@ -14,17 +14,6 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-/// The sum of `v` over the block, in every thread.
-__device__ float block_sum(float v) {
-  __shared__ float partial[kMaxThreads / 32];
-  const int warps = static_cast<int>(blockDim.x / 32);
-  v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  return warp_sum(lane < warps ? partial[lane] : 0.0F);
-}
-
 template <typename T, int kQuads>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_kernel(T* out, const float* x, const float* weight, float eps, int d,

@@ -29,6 +29,7 @@
 //          scheduler has one to three warps of the recurrence, which wait for shared memory and
 //          shuffles
 // Same as  kernels/cpu; tests/ops
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 
@@ -104,20 +105,13 @@ __device__ __forceinline__ void store_state(void* p, DType type, int64_t i, floa
   }
 }
 
-/// Copies 8 elements to shared memory, zeros where !inside, in the background (from sm_80 on).
+/// Copies 8 elements to shared memory, zeros where !inside, in the background.
 template <typename T>
-__device__ __forceinline__ void copy_async(Eight<T>* to, const T* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+__device__ __forceinline__ void copy_eight(Eight<T>* to, const T* from, bool inside) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(Eight<T>)); i += 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address + i),
-                 "l"(reinterpret_cast<const char*>(from) + i), "r"(inside ? 16 : 0)
-                 : "memory");
+    copy16_async(reinterpret_cast<char*>(to) + i, reinterpret_cast<const char*>(from) + i, inside);
   }
-#else
-  *to = inside ? *reinterpret_cast<const Eight<T>*>(from) : Eight<T>{};
-#endif
 }
 
 /// 2^v to 1 ulp by arithmetic alone, for v <= 128; below 2^-126 it becomes 0.
@@ -308,7 +302,7 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
   int64_t left = len - t;
   const int width = static_cast<int>(min(shape.d_inner - e, static_cast<int64_t>(kEight)));
   const auto fetch = [&](Eight<T>* to, const T* from, int n, bool eights) {
-    if (eights) return copy_async(to, left > 0 && n > 0 ? from : p.x, left > 0 && n > 0);
+    if (eights) return copy_eight(to, left > 0 && n > 0 ? from : p.x, left > 0 && n > 0);
     Eight<T> v;
 #pragma unroll
     for (int i = 0; i < kEight; ++i) v.v[i] = left > 0 && i < n ? from[i] : T(0.0F);
@@ -336,9 +330,7 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
         left -= kTile;
       }
     }
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+    end_copies();
   };
   const auto prepare = [&](int k, int pass, int q) {
     const RawBC<T>& of = s.raw_bc[q % kRing];
@@ -399,20 +391,13 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
       }
     }
   };
-  // Waits for this thread's copies of all steps but the last `kRing - 2` requested.
-  const auto arrived = [] {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 2) : "memory");
-#endif
-  };
-
   // A step is requested kRing - 1 ahead of its recurrence, prepared one ahead; a tile is finished
   // in the step after its last one, just before its place in the ring is requested again.
   Place wanted, ahead;
   for (int i = 0; i < kRing - 1; ++i, wanted.advance(n_pass)) {
     request(wanted.k, wanted.pass, wanted.q);
   }
-  arrived();
+  await_copies<kRing - 2>();  // of all steps but the last ones requested
   if (n_tile > 0) prepare(0, 0, 0);
   ahead.advance(n_pass);
   tile_barrier();
@@ -421,7 +406,7 @@ __global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
       if (pass == 0 && k > 0) finish(k - 1);
       request(wanted.k, wanted.pass, wanted.q);
       wanted.advance(n_pass);
-      arrived();
+      await_copies<kRing - 2>();  // of all steps but the last ones requested
       if (ahead.k < n_tile) prepare(ahead.k, ahead.pass, ahead.q);
       ahead.advance(n_pass);
       tile_barrier();  // this step is through the recurrence

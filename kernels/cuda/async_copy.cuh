@@ -1,0 +1,36 @@
+// Copies from global to shared memory in the background (cp.async, sm_80). Before sm_80 they are
+// made at once. A thread waits for its own copies; a barrier then shows them to others.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+
+namespace krait::cuda {
+
+/// Copies 16 bytes; zeros where `inside` is false (then nothing is read).
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside = true) {
+#if __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = inside ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+#endif
+}
+
+/// Ends a group of copies.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Waits until no more than `n` of this thread's latest groups are under way.
+template <int n>
+__device__ __forceinline__ void await_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+}  // namespace krait::cuda
