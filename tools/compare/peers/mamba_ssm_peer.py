@@ -6,18 +6,17 @@ logits. Its state is of the weights' type, bf16.
 """
 
 from peers import Missing
-from peers.torch_support import need, one_line, release, synchronize, timed, torch_device
+from peers.torch_support import TorchPeer, need, synchronize, timed
 
 START = 16   # prompt of the decode test
 
 
-class MambaSsm:
+class MambaSsm(TorchPeer):
     def __init__(self, system, options):
         need("torch", "mamba_ssm", "causal_conv1d", "selective_scan_cuda")
         import mamba_ssm
         import torch
-        self.options = options
-        self.device = torch_device(options)
+        super().__init__(options)
         if self.device.type != "cuda":
             raise Missing("mamba_ssm runs on CUDA devices only")
         self.about = {"version": mamba_ssm.__version__, "torch": torch.__version__, "dtype": "bf16",
@@ -40,28 +39,8 @@ class MambaSsm:
                              pad_vocab_size_multiple=16 if second else 8)
         return MambaLMHeadModel(config, device=self.device, dtype=torch.bfloat16).eval()
 
-    def measure(self, tests):
-        import torch
-        try:
-            model = self.model(tests[0]["shape"])
-        except Exception as e:
-            for i in range(len(tests)):
-                yield i, {"error": one_line(e)}
-            return
-        with torch.inference_mode():
-            for i, t in enumerate(tests):
-                try:
-                    yield i, {"seconds": getattr(self, t["kind"])(model, t)}
-                except Exception as e:
-                    yield i, {"error": one_line(e)}
-                model._decoding_cache = None
-                release(self.device)
-        del model
-        release(self.device)
-
-    def ids(self, batch, n):
-        import torch
-        return torch.randint(1, 50000, (batch, n), device=self.device)
+    def forget(self, model):
+        model._decoding_cache = None
 
     def decode(self, model, t):
         """Seconds of a step."""

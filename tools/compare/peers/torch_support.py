@@ -54,3 +54,38 @@ def release(device):
 def one_line(error):
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+class TorchPeer:
+    """A peer that runs in PyTorch: a subclass has model(shape's name), and decode, prefill and generate,
+    which take a model and a test and return seconds."""
+
+    def __init__(self, options):
+        self.options = options
+        self.device = torch_device(options)
+
+    def measure(self, tests):
+        import torch
+        try:
+            model = self.model(tests[0]["shape"])
+        except Exception as e:
+            for i in range(len(tests)):
+                yield i, {"error": one_line(e)}
+            return
+        with torch.inference_mode():
+            for i, t in enumerate(tests):
+                try:
+                    yield i, {"seconds": getattr(self, t["kind"])(model, t)}
+                except Exception as e:
+                    yield i, {"error": one_line(e)}
+                self.forget(model)
+                release(self.device)
+        del model
+        release(self.device)
+
+    def forget(self, model):
+        """Drops what a model keeps from one test to the next."""
+
+    def ids(self, batch, n):
+        import torch
+        return torch.randint(1, 50000, (batch, n), device=self.device)

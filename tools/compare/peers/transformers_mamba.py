@@ -3,7 +3,7 @@ they are installed. On its slow path a prompt is a Python loop over tokens: a sh
 and a long one left out where it would take too long.
 """
 
-from peers.torch_support import need, one_line, release, timed, torch_device
+from peers.torch_support import TorchPeer, need, timed
 
 START = 16
 PROBE = 64        # tokens of the short prompt
@@ -11,14 +11,13 @@ LONGEST = 10.0    # seconds that one prompt may take
 STEPS = 16        # tokens generated per repetition
 
 
-class TransformersMamba:
+class TransformersMamba(TorchPeer):
     def __init__(self, system, options):
         need("torch", "transformers")
         import torch
         import transformers
         transformers.logging.set_verbosity_error()
-        self.options = options
-        self.device = torch_device(options)
+        super().__init__(options)
         self.about = {"version": transformers.__version__, "torch": torch.__version__, "dtype": "bf16"}
 
     def model(self, name):
@@ -32,33 +31,16 @@ class TransformersMamba:
         torch.manual_seed(0)
         config = MambaConfig(hidden_size=shape.d_model, num_hidden_layers=shape.n_layer,
                              vocab_size=shape.vocab_rows, state_size=16, expand=2, conv_kernel=4)
+        return self.random_model(MambaForCausalLM, config)
+
+    def random_model(self, kind, config):
+        """In bf16, and without a token that would end a text."""
+        import torch
         with self.device:
-            model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+            model = kind(config).to(torch.bfloat16).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         return model
-
-    def measure(self, tests):
-        import torch
-        try:
-            model = self.model(tests[0]["shape"])
-        except Exception as e:
-            for i in range(len(tests)):
-                yield i, {"error": one_line(e)}
-            return
-        with torch.inference_mode():
-            for i, t in enumerate(tests):
-                try:
-                    yield i, {"seconds": getattr(self, t["kind"])(model, t)}
-                except Exception as e:
-                    yield i, {"error": one_line(e)}
-                release(self.device)
-        del model
-        release(self.device)
-
-    def ids(self, batch, n):
-        import torch
-        return torch.randint(1, 50000, (batch, n), device=self.device)
 
     def run_generate(self, model, ids, n):
         import torch

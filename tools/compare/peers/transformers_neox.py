@@ -19,8 +19,4 @@ class TransformersNeox(TransformersMamba):
                                num_attention_heads=n_head, intermediate_size=4 * shape.d_model,
                                vocab_size=50304, max_position_embeddings=4096,
                                attn_implementation="sdpa")
-        with self.device:
-            model = GPTNeoXForCausalLM(config).to(torch.bfloat16).eval()
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        return model
+        return self.random_model(GPTNeoXForCausalLM, config)
