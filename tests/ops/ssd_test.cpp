@@ -1,12 +1,10 @@
 // ssd_scan and gated_rms_norm, the verbs of Mamba-2: every backend against the definition and, over
 // many lengths, against a float64 loop; groups, head and state sizes, state types, extreme inputs,
 // and what must hold however a text is cut into steps.
-#include "ops/ops_test_util.h"
+#include "ops/recurrence_test_util.h"
 
 namespace krait::test {
 namespace {
-
-constexpr int32_t kSlots = 6;
 
 struct SsdCase {
   std::string name;
@@ -29,15 +27,9 @@ struct SsdData {
   Values x, dt, A, B, C, D, dt_bias, state;
 };
 
-int64_t count_tokens(const SsdCase& c) {
-  int64_t n = 0;
-  for (const int32_t l : c.lengths) n += l;
-  return n;
-}
-
 SsdData ssd_data(const SsdCase& c, DType T) {
   Random r(41);
-  const int64_t n_tok = count_tokens(c);
+  const int64_t n_tok = count_tokens(c.lengths);
   SsdData d;
   d.x = rounded(r.uniform(n_tok * c.n_head * c.head_dim, -1, 1), T);
   d.dt = rounded(r.uniform(n_tok * c.n_head, -1, 1), T);
@@ -48,17 +40,11 @@ SsdData ssd_data(const SsdCase& c, DType T) {
   d.dt_bias = r.uniform(c.n_head, -6, -2);  // softplus: steps of 0.001 .. 0.3
   const int64_t width = c.n_head * c.head_dim * c.d_state;
   d.state = rounded(r.uniform(kSlots * width, -1, 1), c.state);
-  for (int32_t s = 0; s < kSlots; ++s) {
-    if (std::find(c.slots.begin(), c.slots.end(), s) != c.slots.end()) continue;
-    std::fill_n(d.state.begin() + s * width, width, kNan);
-  }
+  poison_free_slots(d.state, c.slots, width);
   return d;
 }
 
-struct SsdResult {
-  Values y, state;
-  DType type = DType::f32;  ///< of y
-};
+using SsdResult = RecurrenceResult;
 
 SsdResult run_ssd(Backend b, const SsdCase& c, const SsdData& data) {
   Device d(b);
@@ -124,36 +110,14 @@ SsdResult oracle(const SsdCase& c, const SsdData& d) {
   return r;
 }
 
-/// Compares what belongs to used slots, and sees that the rest was left alone.
 void expect_near(const SsdCase& c, const SsdData& data, const SsdResult& got, const SsdResult& want,
                  double y_limit, double state_limit) {
-  Values got_y, want_y, got_S, want_S;
   const int64_t E = c.n_head * c.head_dim;
-  const int64_t width = E * c.d_state;
-  int64_t begin = 0;
-  for (size_t s = 0; s < c.lengths.size(); ++s) {
-    const int64_t end = begin + c.lengths[s];
-    if (c.slots[s] >= 0) {
-      append(got_y, rows(got.y, begin, end, E));
-      append(want_y, rows(want.y, begin, end, E));
-      append(got_S, rows(got.state, c.slots[s], c.slots[s] + 1, width));
-      append(want_S, rows(want.state, c.slots[s], c.slots[s] + 1, width));
-    } else {
-      EXPECT_TRUE(all_nan(rows(got.y, begin, end, E))) << "a padding row was written";
-    }
-    begin = end;
-  }
-  for (int32_t s = 0; s < kSlots; ++s) {
-    if (std::find(c.slots.begin(), c.slots.end(), s) == c.slots.end()) {
-      EXPECT_TRUE(same_bits(rows(got.state, s, s + 1, width), rows(data.state, s, s + 1, width)))
-          << "free slot " << s << " was written";
-    }
-  }
-  EXPECT_TRUE(close_to(without_rounding(got_y, want_y, got.type), want_y, y_limit));
+  const auto [got_y, want_y] = expect_near({c.lengths, c.slots, E, E * c.d_state, c.state},
+                                           data.state, got, want, y_limit, state_limit);
   // The largest of many errors is a few standard deviations out; their mean is held tighter.
   const double unit = got.type == DType::bf16 ? 0x1p-8 : got.type == DType::f16 ? 0x1p-11 : y_limit;
   EXPECT_LE(compare(got_y, want_y).nmse, unit * unit);
-  EXPECT_TRUE(close_to(without_rounding(got_S, want_S, c.state), want_S, state_limit));
 }
 
 /// What y may be off by, in standard deviations: the first tokens, which still feel the given
@@ -305,59 +269,21 @@ TEST(SsdLong, SlowGpuSlotPast2To31Elements) {
   }
 }
 
-struct SsdRange {
-  std::string name;
-  float dt = 0;     ///< before softplus
-  float decay = 0;  ///< exp(dt * A); 0: A as in ssd_data
-};
-
-void PrintTo(const SsdRange& c, std::ostream* os) { *os << c.name; }
-
-class SsdRanges : public ::testing::TestWithParam<std::tuple<Backend, SsdRange>> {};
+class SsdRanges : public ::testing::TestWithParam<std::tuple<Backend, RangeCase>> {};
 
 // Above all, nothing overflows: decays are taken of differences of the summed dt * A.
 TEST_P(SsdRanges, EqualsFloat64) {
   const auto& [backend, range] = GetParam();
   const SsdCase c{.name = "range", .n_head = 2, .lengths = {300}};
   SsdData data = ssd_data(c, DType::f32);
-  std::fill(data.dt.begin(), data.dt.end(), range.dt);
-  std::fill(data.dt_bias.begin(), data.dt_bias.end(), 0.0F);
-  if (range.decay > 0) {
-    const double dt = std::log1p(std::exp(static_cast<double>(range.dt)));
-    std::fill(data.A.begin(), data.A.end(),
-              static_cast<float>(std::log(static_cast<double>(range.decay)) / dt));
-  }
+  range.apply(data.dt, data.dt_bias, data.A);
   // A decay next to 1 has an error of up to 6e-8, which 300 tokens add up.
   expect_near(c, data, run_ssd(backend, c, data), oracle(c, data), 1e-4, 1e-4);
 }
 
-OPS_TEST_ALL_BACKENDS(SsdRanges,
-                      ::testing::Values(SsdRange{"dt_m100", -100}, SsdRange{"dt_m20", -20},
-                                        SsdRange{"dt_0", 0}, SsdRange{"dt_20", 20},
-                                        SsdRange{"dt_20_001", 20.001F}, SsdRange{"dt_100", 100},
-                                        SsdRange{"slow", 0, 1 - 1e-6F}, SsdRange{"half", 0, 0.5F},
-                                        SsdRange{"fast", 0, 1e-6F}));
+OPS_TEST_ALL_BACKENDS(SsdRanges, ::testing::ValuesIn(range_cases()));
 
-struct SsdCut {
-  std::string name;
-  int32_t length = 9;
-  std::vector<int32_t> cuts;  ///< first parts
-  DType weights = DType::f32;
-};
-
-void PrintTo(const SsdCut& c, std::ostream* os) { *os << c.name; }
-
-std::vector<SsdCut> cut_cases() {
-  std::vector<SsdCut> cases;
-  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
-    const std::string type(dtype_name(t));
-    cases.push_back({type + "_short", 9, {1, 2, 3, 4, 5, 8}, t});
-    cases.push_back({type + "_long", 300, {1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 299}, t});
-  }
-  return cases;
-}
-
-class SsdCuts : public ::testing::TestWithParam<std::tuple<Backend, SsdCut>> {};
+class SsdCuts : public ::testing::TestWithParam<std::tuple<Backend, CutCase>> {};
 
 TEST_P(SsdCuts, DoNotMatter) {
   const auto& [backend, cut] = GetParam();
