@@ -289,11 +289,14 @@ struct Engine::Impl {
         s.history.push_back(ring[static_cast<size_t>(n % ring_length)]);
       }
     }
-    for (const int32_t id : ids) {
-      if (id >= options.vocab_limit) continue;  // never sampled, so never penalised
-      s.history.push_back(id);
-      ++s.n_seen;
+    // Ids past the limit are never sampled, so never penalised; of the others the last are enough.
+    const auto counts = [&](int32_t id) { return id < options.vocab_limit; };
+    s.n_seen += std::ranges::count_if(ids, counts);
+    std::vector<int32_t> last;
+    for (auto id = ids.rbegin(); id != ids.rend() && std::ssize(last) < ring_length; ++id) {
+      if (counts(*id)) last.push_back(*id);
     }
+    s.history.insert(s.history.end(), last.rbegin(), last.rend());
     const int64_t surplus = std::ssize(s.history) - ring_length;
     if (surplus > 0) s.history.erase(s.history.begin(), s.history.begin() + surplus);
     if (s.drawn) upload_history(slot);

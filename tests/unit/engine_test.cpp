@@ -727,8 +727,7 @@ TEST_P(EngineTest, SlowMillionTokenPromptInConstantMemory) {
   Engine e = engine();
   const std::vector<int32_t> ids = prompt(1000000);
   e.open(0, greedy());
-  // A shorter prompt whose last chunk is as long as the long one's, and of as many launches as a
-  // device's driver holds at most: all that is set up on first use is.
+  // A shorter prompt whose last chunk is as long as the long one's: what is set up on first use is.
   e.prefill(0, std::span(ids).first(205376));
   EXPECT_LT(e.receive()[0], vocab_);
   const int64_t before = resident_bytes();
