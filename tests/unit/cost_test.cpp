@@ -27,7 +27,7 @@ void expect_printed(double got, double printed, double digit) {
 struct Published {
   const char* name;
   double parameters, matrices, head;  ///< millions
-  double f32, bf16;                   ///< GB of weights read by a step
+  double f32, bf16, int8, int4;       ///< GB of weights read by a step
   double state, moved, moved_bf16;    ///< MB a sequence: f32, f32 read and written, bf16 likewise
   double decode_us;                   ///< floor at batch 1, bf16 weights, f32 state
   double batched[4];                  ///< tok/s at 8, 64, 256, 1024; bf16 weights, f32 state
@@ -40,6 +40,8 @@ const Published kPublished[] = {
      38.6,
      0.517,
      0.260,
+     0.132,
+     0.070,
      2.8,
      5.6,
      2.8,
@@ -52,6 +54,8 @@ const Published kPublished[] = {
      51.5,
      1.486,
      0.748,
+     0.378,
+     0.200,
      7.5,
      14.9,
      7.5,
@@ -64,6 +68,8 @@ const Published kPublished[] = {
      77.2,
      3.173,
      1.593,
+     0.804,
+     0.421,
      11.2,
      22.4,
      11.2,
@@ -76,6 +82,8 @@ const Published kPublished[] = {
      103.0,
      5.489,
      2.754,
+     1.386,
+     0.724,
      14.9,
      29.9,
      14.9,
@@ -88,6 +96,8 @@ const Published kPublished[] = {
      128.7,
      11.073,
      5.552,
+     2.791,
+     1.454,
      24.9,
      49.8,
      24.9,
@@ -100,6 +110,8 @@ const Published kPublished[] = {
      266.3,
      28.025,
      14.037,
+     7.043,
+     3.656,
      39.8,
      79.7,
      39.8,
@@ -112,6 +124,8 @@ const Published kPublished[] = {
      128.7,
      10.810,
      5.410,
+     2.709,
+     1.401,
      171.9,
      343.8,
      171.9,
@@ -124,6 +138,8 @@ const Published kPublished[] = {
      134.2,
      28.605,
      14.311,
+     7.163,
+     3.702,
      276.3,
      552.6,
      276.3,
@@ -146,6 +162,14 @@ TEST(Cost, PublishedShapes) {
     const double bf16 = decode_work(c, kBf16, 0).bytes;
     expect_printed(f32 / 1e9, p.f32, 0.001);
     expect_printed(bf16 / 1e9, p.bf16, 0.001);
+    // Quantised matrices beside small tensors in f32: 8 bits, and 4 with an f16 scale for 128.
+    const auto quantised = [&](double bits) {
+      const double embedding_row = n.embedding > 0 ? static_cast<double>(c.d_model) : 0;
+      const double matrices = static_cast<double>(n.matrices + n.head) + embedding_row;
+      return matrices * bits / 8 + 4 * static_cast<double>(n.small);
+    };
+    expect_printed(quantised(8) / 1e9, p.int8, 0.001);
+    expect_printed(quantised(4 + 16.0 / 128) / 1e9, p.int4, 0.001);
     expect_printed((decode_work(c, kF32, 1).bytes - f32) / 1e6, p.moved, 0.1);
     expect_printed((decode_work(c, kBf16, 1).bytes - bf16) / 1e6, p.moved_bf16, 0.1);
     expect_printed((prefill_work(c, kF32, 1, 1).bytes - f32) / 1e6, p.state, 0.1);
