@@ -41,6 +41,8 @@ namespace {
 
 /// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.
 constexpr int64_t kGemvRows = 4;
+/// From so many bytes of weights on a ring in shared memory pays for any number of rows.
+constexpr size_t kRingBytes = size_t{8} << 20;
 
 /// cudaDevAttrMaxPitch of all devices so far.
 constexpr size_t kMaxPitch = 0x7fffffff;
@@ -295,6 +297,9 @@ class CudaOps final : public Ops {
 
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
                bool accumulate) {
+    // A few rows of a small matrix are sooner read than a ring is set up.
+    const bool brief = in.dim(0) <= kGemvRows && W.bytes() < kRingBytes;
+    if (!brief && skinny_gemm(out, in, W, bias, accumulate, stream_)) return;
     if (in.dim(0) > kGemvRows && gemm_->run(out, in, W, accumulate, stream_)) {
       if (bias) add_bias(out, bias, stream_);
       return;

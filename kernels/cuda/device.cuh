@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "base/dtype.h"
 #include "base/tensor.h"
@@ -20,6 +21,34 @@ namespace krait::cuda {
 void check(cudaError_t status, const char* call, const char* file, int line);
 #define KRAIT_CUDA(call) ::krait::cuda::check((call), #call, __FILE__, __LINE__)
 
+/// As launch below, with clusters of so many neighbouring blocks.
+template <typename... Params, typename... Args>
+void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                     int cluster, size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned n = 0;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[n++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[n].id = cudaLaunchAttributeClusterDimension;
+    attributes[n].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[n].val.clusterDim.y = attributes[n].val.clusterDim.z = 1;
+    ++n;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = n;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name, __FILE__,
+        __LINE__);
+}
+
 /// The one way to launch: a failed launch is an Error that names the kernel. Launching nothing is
 /// fine.
 ///
@@ -29,19 +58,7 @@ void check(cudaError_t status, const char* call, const char* file, int line);
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Args&&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name, __FILE__,
-        __LINE__);
+  launch_clusters(name, kernel, grid, block, 1, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 /// Waits until the kernels before this one are done and their writes are visible; lets the next

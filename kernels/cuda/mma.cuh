@@ -68,6 +68,20 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
   return bits;
 }
 
+/// The two in f32.
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t bits, float& first, float& second) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of an f32
+    first = __uint_as_float(bits << 16);
+    second = __uint_as_float(bits & 0xffff0000U);
+  } else {
+    Pair<T> pair;
+    memcpy(&pair, &bits, sizeof bits);
+    first = to_float(pair.v[0]);
+    second = to_float(pair.v[1]);
+  }
+}
+
 /// Each of the two multiplied by a factor of its own, in f32, and rounded again.
 template <typename T>
 __device__ __forceinline__ uint32_t scaled(uint32_t bits, float first, float second) {

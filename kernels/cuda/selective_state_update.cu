@@ -7,16 +7,19 @@
 // Shapes   x, dt_raw, z, y T [n_seq, d_inner]; B, C T [n_seq, d_state] views; A f32 [d_inner,
 // d_state];
 //          h S [slot, d_inner, d_state]
-// Launch   d_state 16: grid (channels, groups of kSeqs sequences), 128 threads; a thread holds 16
-//          bytes of a channel's state and does that for each sequence of its group, so that A is
-//          read once for all of them and kSeqs loads are in flight. Other d_state: one sequence a
-//          block, 4 threads a channel that stride over its states
+// Launch   d_state 16: grid (channels, groups of sequences), 128 threads. The lanes of a channel (4
+//          with f32 state, 2 with 16-bit ones) hold 16 bytes of its state each, of as many
+//          sequences as they are: so each computes what one sequence needs once for the channel.
+//          Many short blocks: blocks that loop over more sequences, with the next ones' states on
+//          the way, were up to a third slower. Other d_state: one sequence a block, 4 threads a
+//          channel that stride over its states
 // Bytes    n_seq * d_inner * (2 * d_state * sizeof(S) + 4 * sizeof(T)) + 4 * d_inner * d_state
 // Roofline under 1 FLOP per byte: bandwidth-bound; below ~10 MB the launch dominates
 // Measured H100 80GB HBM3, d_inner 5120, GB/s at batch 64, 256 and 1024 (tools/bench_ops): f32
-//          state 2,530, 2,900 and 2,770; bf16 state 1,820, 2,190 and 2,240
+//          state 2,800, 2,840 and 2,740; bf16 state 2,830, 2,920 and 2,640
 // Same as  selective_scan in kernels/cpu with one token; tests/ops
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/verbs.h"
 
 namespace krait::cuda {
@@ -37,34 +40,67 @@ struct UpdateInputs {
   int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
 };
 
-/// Of each state element one read and one write: L2 need not keep them.
+/// 16 bytes of states as they come from memory: unpacked only when they are used, which halves the
+/// registers of those on the way.
 template <typename S>
-__device__ __forceinline__ Vec16<S> load_once(const S* p) {
-  union {
-    uint4 raw;
-    Vec16<S> vec;
-  } u;
-  u.raw = __ldcs(reinterpret_cast<const uint4*>(p));
-  return u.vec;
-}
-template <typename S>
-__device__ __forceinline__ void store_once(S* p, const Vec16<S>& v) {
-  union {
-    uint4 raw;
-    Vec16<S> vec;
-  } u;
-  u.vec = v;
-  __stcs(reinterpret_cast<uint4*>(p), u.raw);
+struct Packed {
+  static constexpr int kSize = 16 / sizeof(S);
+  uint4 raw;
+
+  __device__ __forceinline__ void unpack(float (&v)[kSize]) const {
+    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(S) == 4) {
+        v[i] = __uint_as_float(word[i]);
+      } else {
+        unpack_pair<S>(word[i], v[2 * i], v[2 * i + 1]);
+      }
+    }
+  }
+  __device__ __forceinline__ void pack_from(const float (&v)[kSize]) {
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(S) == 4) {
+        word[i] = __float_as_uint(v[i]);
+      } else {
+        word[i] = pack<S>(v[2 * i], v[2 * i + 1]);
+      }
+    }
+    raw = {word[0], word[1], word[2], word[3]};
+  }
+};
+
+/// The sum of part[s] over the kLanes lanes that share a channel, in lane s of them; each adds in
+/// the same way.
+template <int kLanes>
+__device__ __forceinline__ float sum_of_own(const float (&part)[kLanes], int own) {
+  constexpr unsigned kAll = 0xffffffffU;
+  if constexpr (kLanes == 2) {
+    return (own == 0 ? part[0] : part[1]) + __shfl_xor_sync(kAll, own == 0 ? part[1] : part[0], 1);
+  } else {
+    static_assert(kLanes == 4);
+    const bool upper = own >= 2;
+    const float even =
+        (upper ? part[2] : part[0]) + __shfl_xor_sync(kAll, upper ? part[0] : part[2], 2);
+    const float odd =
+        (upper ? part[3] : part[1]) + __shfl_xor_sync(kAll, upper ? part[1] : part[3], 2);
+    return (own % 2 == 0 ? even : odd) + __shfl_xor_sync(kAll, own % 2 == 0 ? odd : even, 1);
+  }
 }
 
-template <typename T, typename S, int kSeqs>
+template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> p, S* ssm_state) {
-  constexpr int kHeld = Vec16<S>::kSize;  // states of a thread
-  constexpr int kLanes = kStates / kHeld;
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  const bool live = at < p.d_inner;  // dead threads stay for the shuffles
-  const int64_t e = live ? at : 0;
-  const int n0 = static_cast<int>(threadIdx.x) % kLanes * kHeld;
+  constexpr unsigned kAll = 0xffffffffU;
+  constexpr int kHeld = Packed<S>::kSize;  // states of a thread
+  constexpr int kLanes = kStates / kHeld;  // that share a channel
+  constexpr int kSeqs = kLanes;            // of a block
+  const int at = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) / kLanes;
+  const bool live = at < p.d_inner;  // dead threads stay for the shuffles, with channel 0
+  const int e = live ? at : 0;
+  const int own = static_cast<int>(threadIdx.x) % kLanes;
+  const int n0 = own * kHeld;
 
   // Parameters: they don't depend on the kernel before this one.
   float A[kHeld];
@@ -80,9 +116,32 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
   const float D = p.D[e];
   after_previous();
 
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kSeqs;
+  Packed<S> h[kSeqs];
+  S* at_state[kSeqs];  // null: no such sequence
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    const int32_t slot = first + s < p.n_seq ? p.slots[first + s] : -1;
+    at_state[s] = slot < 0 ? nullptr : ssm_state + (slot * p.d_inner + e) * kStates + n0;
+  }
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    if (at_state[s] == nullptr) continue;
+    // Of each state element one read and one write: L2 need not keep them.
+    h[s].raw = __ldcs(reinterpret_cast<const uint4*>(at_state[s]));
+  }
+  // What a channel needs once for a sequence, one of its lanes computes.
+  const int64_t own_seq = first + own;
+  T x{}, dt{}, z{};
+  if (own_seq < p.n_seq) {
+    x = p.x[own_seq * p.x_stride + e];
+    dt = p.dt[own_seq * p.dt_stride + e];
+    z = p.z[own_seq * p.z_stride + e];
+  }
   __shared__ float4 BC[kSeqs][2][kStates / 4];  // B and C, which all channels share
-  for (int i = static_cast<int>(threadIdx.x); i < kSeqs * 2 * kStates; i += kThreads) {
-    const int64_t seq = static_cast<int64_t>(blockIdx.y) * kSeqs + i / (2 * kStates);
+  static_assert(kSeqs * 2 * kStates <= kThreads);
+  if (const int i = static_cast<int>(threadIdx.x); i < kSeqs * 2 * kStates) {
+    const int64_t seq = first + i / (2 * kStates);
     const int n = i % kStates;
     const bool is_B = i / kStates % 2 == 0;
     if (seq < p.n_seq) {
@@ -90,32 +149,22 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
           to_float(is_B ? p.B[seq * p.B_stride + n] : p.C[seq * p.C_stride + n]);
     }
   }
-
-  Vec16<S> h[kSeqs];
-  T x[kSeqs], dt[kSeqs], z[kSeqs];
-  S* at_state[kSeqs];  // null: no such sequence
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    const int64_t seq = static_cast<int64_t>(blockIdx.y) * kSeqs + s;
-    const int32_t slot = seq < p.n_seq ? p.slots[seq] : -1;
-    at_state[s] = slot < 0
-                      ? nullptr
-                      : ssm_state + (slot * p.d_inner + e) * static_cast<int64_t>(kStates) + n0;
-    if (slot < 0) continue;
-    h[s] = load_once(at_state[s]);
-    x[s] = p.x[seq * p.x_stride + e];
-    dt[s] = p.dt[seq * p.dt_stride + e];
-    z[s] = p.z[seq * p.z_stride + e];
-  }
   __syncthreads();
+
+  const float value = to_float(x);
+  const float own_step = softplus(to_float(dt) + bias);
+  const float own_dx = own_step * value;
+  bool own_live = false;
+  float part[kSeqs];
 #pragma unroll
   for (int s = 0; s < kSeqs; ++s) {
+    const float step = __shfl_sync(kAll, own_step, s, kLanes);
+    const float dx = __shfl_sync(kAll, own_dx, s, kLanes);
+    part[s] = 0.0F;
     if (at_state[s] == nullptr) continue;  // the whole block
-    const int64_t seq = static_cast<int64_t>(blockIdx.y) * kSeqs + s;
-    const float step = softplus(to_float(dt[s]) + bias);
-    const float value = to_float(x[s]);
-    const float dx = step * value;
-    float sum = 0.0F;
+    own_live |= s == own;
+    float state[kHeld];
+    h[s].unpack(state);
 #pragma unroll
     for (int q = 0; q < kHeld / 4; ++q) {
       const float4 of_B = BC[s][0][n0 / 4 + q];
@@ -125,17 +174,16 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int i = 4 * q + j;
-        const float next = fmaf(exp2_fast(step * A[i]), to_float(h[s].v[i]), dx * B[j]);
-        sum = fmaf(C[j], next, sum);
-        h[s].v[i] = from_float<S>(next);
+        state[i] = fmaf(exp2_fast(step * A[i]), state[i], dx * B[j]);
+        part[s] = fmaf(C[j], state[i], part[s]);
       }
     }
-    if (live) store_once(at_state[s], h[s]);
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
-    if (live && n0 == 0) {
-      p.y[seq * p.y_stride + e] = from_float<T>(fmaf(D, value, sum) * silu(to_float(z[s])));
-    }
+    h[s].pack_from(state);
+    if (live) __stcs(reinterpret_cast<uint4*>(at_state[s]), h[s].raw);
+  }
+  const float sum = sum_of_own(part, own);
+  if (live && own_live) {
+    p.y[own_seq * p.y_stride + e] = from_float<T>(fmaf(D, value, sum) * silu(to_float(z)));
   }
 }
 
@@ -205,11 +253,9 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                         static_cast<unsigned>(ceil_div(batch.n_seq, seqs)));
         launch("selective_state_update", kernel, grid, kThreads, 0, stream, p, ssm_state.as<S>());
       };
-      if (p.d_state != kStates) return run(&state_update_any_kernel<T, S>, 4, 1);
-      constexpr int64_t kLanes = kStates / Vec16<S>::kSize;
-      // More than one sequence a thread where there are enough blocks without it.
-      if (batch.n_seq >= 16) return run(&state_update_kernel<T, S, 4>, kLanes, 4);
-      run(&state_update_kernel<T, S, 1>, kLanes, 1);
+      constexpr int64_t kLanes = kStates / Packed<S>::kSize;
+      if (p.d_state == kStates) return run(&state_update_kernel<T, S>, kLanes, kLanes);
+      run(&state_update_any_kernel<T, S>, 4, 1);
     });
   });
 }

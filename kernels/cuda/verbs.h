@@ -22,6 +22,10 @@ void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float
 /// out (+)= in * W^T + bias for any number of rows, the weights streamed once for each 4 rows.
 void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias, bool accumulate,
           cudaStream_t stream);
+/// The same on Hopper's tensor cores, made for the rows of a decode step; false, and nothing done,
+/// where it is not built for the device, the types, the alignment or so many rows.
+[[nodiscard]] bool skinny_gemm(const Tensor& out, const Tensor& in, const Tensor& W,
+                               const Tensor& bias, bool accumulate, cudaStream_t stream);
 /// out += bias, row by row.
 void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream);
 

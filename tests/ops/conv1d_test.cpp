@@ -38,6 +38,15 @@ std::vector<ConvCase> conv_cases() {
     }
     vary("no_bias", [](ConvCase& c) { c.bias = false; });
     vary("decode", [](ConvCase& c) { c.lengths = {1, 1, 1, 1}, c.slots = {4, 0, 3, 1}; });
+    for (const int64_t k : {2, 3, 4, 8}) {
+      for (const int64_t d : {37, 68, 1536}) {  // of one token each, more than a thread has
+        vary(fmt::format("decode11_conv{}_d{}", k, d), [&](ConvCase& c) {
+          c.d_conv = k, c.d_inner = d;
+          c.lengths.assign(11, 1);
+          c.slots = {4, 0, 13, 1, -1, 2, 12, 5, 9, 7, 3};
+        });
+      }
+    }
     vary("ragged", [](ConvCase& c) { c.lengths = {5, 1, 17, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
     vary("padding", [](ConvCase& c) { c.lengths = {5, 2, 3, 1}, c.slots = {4, -1, 0, -1}; });
     vary("empty", [](ConvCase& c) { c.lengths = {2, 0, 3}, c.slots = {1, 0, 2}; });
@@ -45,7 +54,7 @@ std::vector<ConvCase> conv_cases() {
   return cases;
 }
 
-constexpr int32_t kSlots = 6;
+constexpr int32_t kSlots = 14;
 
 struct ConvData {
   Values u, weight, bias, state;

@@ -44,6 +44,17 @@ std::vector<LinearCase> linear_cases() {
     vary("strided_n1", [](LinearCase& c) { c.strided = true, c.n = 1; });
     vary("f32_out", [](LinearCase& c) { c.f32_out = true; });
     vary("f32_out_bias", [](LinearCase& c) { c.f32_out = c.bias = true; });
+    // What the copy engine of a Hopper GPU can fetch: rows of a multiple of 8 elements.
+    for (const int64_t n : {1, 4, 8, 9, 40, 64, 65, 128, 129, 300}) {
+      for (const int64_t n_out : {203, 640}) {
+        vary(fmt::format("n{}_in1096_out{}", n, n_out),
+             [&](LinearCase& c) { c.n = n, c.n_in = 1096, c.n_out = n_out; });
+      }
+    }
+    vary("n70_in1096_f32_out_bias",
+         [](LinearCase& c) { c.n = 70, c.n_in = 1096, c.n_out = 203, c.f32_out = c.bias = true; });
+    vary("n70_in1096_strided_bias",
+         [](LinearCase& c) { c.n = 70, c.n_in = 1096, c.n_out = 200, c.strided = c.bias = true; });
     vary("decode", [](LinearCase& c) { c.n = 1, c.n_in = 768, c.n_out = 3072; });
     vary("prefill", [](LinearCase& c) { c.n = 150, c.n_in = 768, c.n_out = 515; });
   }
@@ -144,6 +155,27 @@ TEST(LinearCpu, RowsDoNotDependOnTheirBatch) {
         append(joined, run_linear(Backend::fast, c, some, false));
       }
       EXPECT_TRUE(same_bits(joined, whole)) << dtype_name(t) << ", parts of " << part;
+    }
+  }
+}
+
+// On the GPU the kernel depends on the number of rows, but in a step of given size a row's result
+// depends neither on what the other rows hold nor on its place among them.
+TEST(LinearGpu, RowsDoNotDependOnTheirNeighbours) {
+  for (const DType t : {DType::f32, DType::bf16, DType::f16}) {
+    for (const int64_t n : {3, 9, 64, 100, 128, 200}) {
+      for (const int64_t n_out : {200, 2560}) {
+        const LinearCase c{.name = "rows", .n = n, .n_in = 1096, .n_out = n_out, .weights = t};
+        const LinearData d = linear_data(c, ops(Backend::gpu).activation_dtype(t));
+        const Values whole = run_linear(Backend::gpu, c, d, false);
+        const int64_t row = n / 2;
+        LinearData other = d;
+        std::fill(other.in.begin(), other.in.end(), kNan);
+        std::copy_n(d.in.begin() + row * c.n_in, c.n_in, other.in.begin());
+        EXPECT_TRUE(same_bits(rows(run_linear(Backend::gpu, c, other, false), 0, 1, n_out),
+                              rows(whole, row, row + 1, n_out)))
+            << dtype_name(t) << ", " << n << " rows, " << n_out << " outputs";
+      }
     }
   }
 }

@@ -148,6 +148,12 @@ std::vector<ScanCase> scan_cases() {
            [&](ScanCase& c) { c.state = s, c.d_state = 5; });
     }
     vary("decode", [](ScanCase& c) { c.lengths = {1, 1, 1, 1}, c.slots = {4, 0, 3, 1}; });
+    for (const DType state : {DType::f32, DType::bf16, DType::f16}) {
+      vary(fmt::format("decode5_{}_state", dtype_name(state)), [&](ScanCase& c) {
+        c.state = state, c.d_inner = 100;
+        c.lengths = {1, 1, 1, 1, 1}, c.slots = {4, -1, 5, 1, 2};
+      });
+    }
     vary("ragged", [](ScanCase& c) { c.lengths = {5, 1, 40, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
     vary("padding", [](ScanCase& c) { c.lengths = {5, 2, 3, 1}, c.slots = {4, -1, 0, -1}; });
     vary("decode_padding", [](ScanCase& c) { c.lengths = {1, 1, 1}, c.slots = {4, -1, 0}; });
