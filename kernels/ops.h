@@ -66,6 +66,23 @@ struct SsdInputs {
   float dt_max;
 };
 
+/// What Mamba-2 does between its projections, in the letters of SsdInputs.
+struct SsdMixer {
+  Tensor z;          ///< T [n_tok, E] view           gate, before SiLU
+  Tensor xbc;        ///< T [n_tok, E + 2 G N] view   x, B and C before the convolution
+  Tensor dt;         ///< T [n_tok, H] view           before bias and softplus
+  Tensor conv;       ///< f32 [E + 2 G N, d_conv]
+  Tensor conv_bias;  ///< f32 [E + 2 G N] or null
+  Tensor A;          ///< f32 [H]                     -exp(A_log), negative
+  Tensor D;          ///< f32 [H]
+  Tensor dt_bias;    ///< f32 [H]
+  Tensor norm;       ///< f32 [E]
+  int64_t n_group;   ///< G
+  float dt_min;      ///< limits of dt after softplus
+  float dt_max;
+  float norm_eps;
+};
+
 /// How one sequence samples; plain data, so that a device can hold an array of them (one per slot).
 /// Definitions and order are llama.cpp's: logit bias, penalties, top-k, typical, top-p, min-p,
 /// temperature, then a draw. Each filter works on the softmax of what the filters before it left.
@@ -206,6 +223,21 @@ class Ops {
   /// y.
   virtual void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z,
                               const Tensor& weight, int64_t n_group, float eps) = 0;
+
+  /// The three verbs in a row, as below: x, B and C to `xbc`, the recurrence to y, the norm in
+  /// place. y T [n_tok, E]; xbc T [n_tok, E + 2 G N] is scratch, which a backend may leave alone.
+  virtual void ssd_mixer(const Tensor& y, const Tensor& xbc, const SsdMixer& in,
+                         const Tensor& conv_state, const Tensor& ssm_state, const Batch& batch) {
+    const int64_t E = y.dim(1);
+    const int64_t GN = in.n_group * ssm_state.dim(3);
+    const Tensor x = xbc.columns(0, E);
+    const Tensor B = xbc.columns(E, GN);
+    const Tensor C = xbc.columns(E + GN, GN);
+    conv1d_silu(xbc, in.xbc, in.conv, in.conv_bias, conv_state, batch);
+    ssd_scan(y, {x, in.dt, in.A, B, C, in.D, in.dt_bias, in.n_group, in.dt_min, in.dt_max},
+             ssm_state, batch);
+    gated_rms_norm(y, y, in.z, in.norm, in.n_group, in.norm_eps);
+  }
 
   /// Samples one token for each row of logits f32 [n_seq, vocab_rows]; columns from `vocab` on are
   /// padding and never sampled. Row s belongs to slot[s] (i32 [n_seq]). Writes state.next_id[slot],

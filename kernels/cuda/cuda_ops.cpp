@@ -180,6 +180,11 @@ class CudaOps final : public Ops {
                       int64_t n_group, float eps) override {
     cuda::gated_rms_norm(out, y, z, weight, n_group, eps, stream_);
   }
+  void ssd_mixer(const Tensor& y, const Tensor& xbc, const SsdMixer& in, const Tensor& conv_state,
+                 const Tensor& ssm_state, const Batch& batch) override {
+    if (cuda::ssd_mixer_step(y, in, conv_state, ssm_state, batch, stream_)) return;
+    Ops::ssd_mixer(y, xbc, in, conv_state, ssm_state, batch);
+  }
   void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
               int64_t n_seq) override {
     cuda::sample(logits, vocab, state, slot, n_seq, mailbox_, stream_);

@@ -5,7 +5,7 @@
 //   ssm_state[slot] y  = sum_n C * S + D * x
 //
 // For inputs in f32, whose products must not be rounded to the tensor cores' types, and for sizes
-// that mamba2_ssd.cu is not built for.
+// that mamba2_chunks.cu is not built for.
 //
 // Shapes   as ssd_scan in kernels/ops.h
 // Launch   grid (channels of a head / channels of a block, H, n_seq), 256 threads: kN / 16

@@ -35,6 +35,23 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* sh
 #endif
 }
 
+/// The opposite of load_matrices: lane i gives the address where row i % 8 of matrix i / 8 goes.
+__device__ __forceinline__ void store_matrices(void* shared, const uint32_t (&r)[4]) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (uint32_t m = 0; m < 4; ++m) {
+    const uint32_t row = __shfl_sync(0xffffffffU, to, 8 * m + lane / 4);
+    *static_cast<uint32_t*>(__cvta_shared_to_generic(row + 4 * (lane % 4))) = r[m];
+  }
+#endif
+}
+
 /// c += A * B
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -54,9 +71,10 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 #endif
 }
 
-/// Two neighbours in one register, the first in the lower half.
+/// Two neighbours, loaded or stored by one instruction; 16-bit ones share a register, the first in
+/// the lower half.
 template <typename T>
-struct alignas(4) Pair {
+struct alignas(2 * sizeof(T)) Pair {
   T v[2];
 };
 

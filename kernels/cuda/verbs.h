@@ -50,6 +50,9 @@ void ssd_scan_steps(const Tensor& y, const SsdInputs& in, const Tensor& ssm_stat
 /// One token per sequence.
 void ssd_state_update(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
                       const Batch& batch, cudaStream_t stream);
+/// ssd_mixer for one token of a few sequences; false, and nothing done, where that is not built.
+[[nodiscard]] bool ssd_mixer_step(const Tensor& y, const SsdMixer& in, const Tensor& conv_state,
+                                  const Tensor& ssm_state, const Batch& batch, cudaStream_t stream);
 void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
                     int64_t n_group, float eps, cudaStream_t stream);
 

@@ -42,21 +42,28 @@ class Mamba2 final : public Model {
     const Tensor& u = act[kU];
     const Tensor& zxbcdt = act[kZxbcdt];
     const Tensor z = zxbcdt.columns(0, E);
-    const Tensor xbc_in = zxbcdt.columns(E, E + 2 * GN);
+    const Tensor xbc = zxbcdt.columns(E, E + 2 * GN);
     const Tensor dt = zxbcdt.columns(2 * E + 2 * GN, config_.n_head);
-    const Tensor& xbc = act[kXbc];
-    const Tensor x = xbc.columns(0, E);
-    const Tensor B = xbc.columns(E, GN);
-    const Tensor C = xbc.columns(E + GN, GN);
     const Tensor& y = act[kY];
-    const SsdInputs scan{x, dt, w.A, B, C, w.D, w.dt_bias, G, config_.dt_min, config_.dt_max};
+    const SsdMixer mixer{z,
+                         xbc,
+                         dt,
+                         w.conv1d,
+                         w.conv1d_bias,
+                         w.A,
+                         w.D,
+                         w.dt_bias,
+                         w.gated_norm,
+                         G,
+                         config_.dt_min,
+                         config_.dt_max,
+                         config_.mixer_norm_eps};
 
     op.rms_norm(u, residual, w.norm, config_.norm_eps);  // [n_tok, d_model]
     op.linear(zxbcdt, u, w.in_proj, w.in_proj_bias);     // [n_tok, 2*d_inner + 2*G*N + H]
-    op.conv1d_silu(xbc, xbc_in, w.conv1d, w.conv1d_bias, s[kConvState], b);
-    op.ssd_scan(y, scan, s[kSsmState], b);                                // [n_tok, d_inner]
-    op.gated_rms_norm(y, y, z, w.gated_norm, G, config_.mixer_norm_eps);  // [n_tok, d_inner]
-    op.linear_add(residual, y, w.out_proj, w.out_proj_bias);              // [n_tok, d_model]
+    // Convolution of x, B and C; recurrence; norm of y * silu(z).
+    op.ssd_mixer(y, act[kXbc], mixer, s[kConvState], s[kSsmState], b);  // [n_tok, d_inner]
+    op.linear_add(residual, y, w.out_proj, w.out_proj_bias);            // [n_tok, d_model]
   }
 
   std::vector<Mamba2Layer> layers_;

@@ -123,6 +123,24 @@ void bench_mamba2(Harness& h, const Step& s) {
   h.measure("gated_rms_norm", s.at, {3 * s.rows * s.E * s.t}, 1, [&](size_t) {
     op.gated_rms_norm(y, y, zxbcdt.columns(0, E), first(E), c.n_group, 1e-5F);
   });
+  const SsdMixer mixer{zxbcdt.columns(0, E),
+                       zxbcdt.columns(E, xbc_width),
+                       zxbcdt.columns(E + xbc_width, H),
+                       h.fresh(DType::f32, {xbc_width, c.d_conv}),
+                       h.fresh(DType::f32, {xbc_width}),
+                       A,
+                       first(H),
+                       first(H),
+                       first(E),
+                       c.n_group,
+                       c.dt_min,
+                       c.dt_max,
+                       1e-5F};
+  const Tensor inputs = h.fresh(h.T(), {s.n_seq, c.d_conv - 1, xbc_width});
+  const auto widths = static_cast<double>(2 * E + xbc_width + H);  // z, y; x, B, C; dt
+  bench_scan(h, s, "ssd_mixer", {s.n_seq, H, c.head_dim, c.d_state},
+             s.rows * widths * s.t + 2 * static_cast<double>(inputs.bytes()),
+             [&](const Tensor& state) { op.ssd_mixer(y, xbc, mixer, inputs, state, s.batch); });
   bench_linear(h, s, "linear_add/out_proj", residual, y, true);
 }
 
