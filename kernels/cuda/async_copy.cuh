@@ -6,16 +6,27 @@
 
 namespace krait::cuda {
 
-/// Copies 16 bytes; zeros where `inside` is false (then nothing is read).
-__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside = true) {
+/// Copies 8 or 16 bytes; zeros where `inside` is false (then nothing is read).
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside = true) {
+  static_assert(kBytes == 8 || kBytes == 16);
 #if __CUDA_ARCH__ >= 800
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
-               : "memory");
+  const int bytes = inside ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  }
 #else
-  *static_cast<uint4*>(shared) = inside ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+  using Raw = std::conditional_t<kBytes == 16, uint4, uint2>;
+  *static_cast<Raw*>(shared) = inside ? *static_cast<const Raw*>(global) : Raw{};
 #endif
+}
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside = true) {
+  copy_async<16>(shared, global, inside);
 }
 
 /// Ends a group of copies.

@@ -4,14 +4,17 @@
 //   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (K-1) + j, e])          K = d_conv
 //
 // Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
-// Launch   grid (channels, tiles of kTile tokens of the longest sequence, n_seq); one thread walks
-//          V neighbouring channels (4 where the layout allows) through a tile with the last K
-//          inputs in registers. Where each sequence has one token: grid (channels, groups of
-//          sequences), a thread has 2 channels of 4 sequences
+// Launch   prompts: grid (128 channels, stretches of the longest sequence, n_seq), 4 warps, one
+//          stretch each; a thread walks 4 neighbouring channels through 8 to 24 tokens with the
+//          last K inputs in registers and the next 8 on their way. One token a sequence: grid
+//          (channels, groups of sequences), a thread has 2 channels of 4 sequences. A layout
+//          without accesses of 4 elements: a thread a channel
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
 // Measured H100 80GB HBM3, decode, bf16, 5,120 channels: 4.0 us for 64 sequences, 8.1 for 256
 //          (tools/bench_ops); 4 channels a thread took 4.0 to 4.8 and 10.1 to 14.2
 // Same as  kernels/cpu; tests/ops
+#include <algorithm>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 
@@ -144,6 +147,109 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kWarps = 4;     // of a block of the prefill form
+constexpr int kRows = 8;      // tokens that a thread of it loads together
+constexpr int kChannels = 4;  // of a thread
+
+/// Prompts: a thread walks 4 neighbouring channels through n_chunk * kRows tokens, with the next
+/// kRows on their way while it works on these. A block's warps do one stretch after the other of
+/// the same channels.
+template <typename T, int K>
+__global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
+    conv1d_prefill_kernel(T* __restrict__ out, const T* __restrict__ u, const float* weight,
+                          const float* bias, T* conv_state, const int32_t* seq_start,
+                          const int32_t* slots, int64_t d_inner, int64_t out_stride,
+                          int64_t u_stride, int n_chunk) {
+  using Row = Quad<T>;
+  static_assert(kRows >= K - 1);  // only the first chunk reaches back to the state
+  // Parameters: they don't depend on the kernel before this one. They come in as they lie, and each
+  // lane takes those of its channels.
+  __shared__ float taps[K * 32 * kChannels + K * 32];
+  __shared__ float4 biases[32];
+  const int64_t e0 = static_cast<int64_t>(blockIdx.x) * (32 * kChannels);
+  const auto n_live = static_cast<int>(min(d_inner - e0, static_cast<int64_t>(32 * kChannels)));
+  for (int i = static_cast<int>(threadIdx.x); i < n_live * K; i += 32 * kWarps) {
+    taps[i + i / (kChannels * K)] = weight[e0 * K + i];
+  }
+  const auto thread = static_cast<int>(threadIdx.x);
+  if (thread < n_live) {
+    reinterpret_cast<float*>(biases)[thread] = bias != nullptr ? bias[e0 + thread] : 0.0F;
+  }
+  __syncthreads();
+  const int lane = thread % 32;
+  float w[kChannels][K];
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+    for (int j = 0; j < K; ++j) w[c][j] = taps[lane * (kChannels * K + 1) + c * K + j];
+  }
+  const float4 of_bias = biases[lane];
+  const float b[kChannels] = {of_bias.x, of_bias.y, of_bias.z, of_bias.w};
+  after_previous();
+
+  const int64_t seq = blockIdx.z;
+  const int32_t slot = slots[seq];
+  const int64_t begin = seq_start[seq];
+  const int64_t len = seq_start[seq + 1] - begin;
+  const int64_t e = e0 + lane * kChannels;
+  int64_t t0 = (static_cast<int64_t>(blockIdx.y) * kWarps + thread / 32) * (n_chunk * kRows);
+  if (e >= d_inner || slot < 0 || t0 >= len) return;
+  const T* x = u + begin * u_stride + e;
+  T* state = conv_state + slot * (K - 1) * d_inner + e;
+  const auto at = [](const T* p) { return *reinterpret_cast<const Row*>(p); };
+  // The input at time t of this sequence; before time 0 it is in the state, oldest first.
+  const auto input = [&](int64_t t) {
+    return at(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
+  };
+  const bool first = t0 == 0;
+  Row tile[K - 1 + kRows];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
+#pragma unroll
+  for (int i = 0; i < K - 1 + kRows; ++i) {
+    if (t0 + i - (K - 1) < len) tile[i] = input(t0 + i - (K - 1));
+  }
+  const T* from = x + t0 * u_stride;
+  T* to = out + (begin + t0) * out_stride + e;
+  for (int chunk = 0; chunk < n_chunk; ++chunk) {
+    const auto left = static_cast<int>(min(len - t0, int64_t{2 * kRows}));
+    from += kRows * u_stride;
+    Row next[kRows];
+    if (chunk + 1 < n_chunk) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (kRows + i < left) next[i] = at(from + i * u_stride);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Row row;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        float sum = b[c];
+#pragma unroll
+        for (int j = 0; j < K; ++j) sum = fmaf(w[c][j], to_float(tile[i + j].v[c]), sum);
+        row.v[c] = from_float<T>(silu(sum));
+      }
+      if (i < left) *reinterpret_cast<Row*>(to + i * out_stride) = row;
+    }
+    if (left <= kRows) break;
+    to += kRows * out_stride;
+    t0 += kRows;
+#pragma unroll
+    for (int i = 0; i < K - 1; ++i) tile[i] = tile[i + kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) tile[K - 1 + i] = next[i];
+  }
+  // The first stretch alone touches the state: it has read what it needs of the old one, so nobody
+  // races.
+  if (first) {
+    Row last[K - 1];
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state + j * d_inner) = last[j];
+  }
+}
+
 }  // namespace
 
 void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
@@ -165,13 +271,14 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                u.row_stride);
       };
       constexpr std::integral_constant<int, 1> kOne;
+      constexpr std::integral_constant<int, 2> kTwo;
       constexpr std::integral_constant<int, 4> kFour;
       constexpr std::integral_constant<int, 8> kEight;
-      const auto quads = [](const Tensor& a) {
-        return reinterpret_cast<uintptr_t>(a.data) % (4 * sizeof(T)) == 0 && a.row_stride % 4 == 0;
+      // One token per sequence: more threads with less each keep more loads in flight.
+      const auto quads = [](const Tensor& t) {
+        return reinterpret_cast<uintptr_t>(t.data) % sizeof(Quad<T>) == 0 && t.row_stride % 4 == 0;
       };
       const bool by_four = d_inner % 4 == 0 && quads(out) && quads(u) && quads(conv_state);
-      // One token per sequence: more threads with less each keep more loads in flight.
       if (batch.max_len == 1) {
         const auto decode = [&](auto width, auto seqs, auto* kernel) {
           const dim3 grid(
@@ -184,11 +291,25 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                  u.row_stride);
         };
         if (by_four && batch.n_seq >= 8) {
-          return decode(std::integral_constant<int, 2>{}, kFour, &conv1d_decode_kernel<T, K, 2, 4>);
+          return decode(kTwo, kFour, &conv1d_decode_kernel<T, K, 2, 4>);
         }
         return decode(kOne, kOne, &conv1d_decode_kernel<T, K, 1, 1>);
       }
-      if (by_four) return go(kEight, kFour, &conv1d_kernel<T, K, 8, 4>);
+      if (by_four) {
+        const int64_t columns = ceil_div(d_inner, 32 * kChannels);
+        const int64_t rows = u.dim(0);
+        // Long stretches where there are warps enough without short ones.
+        const int64_t enough = 8 * device_attribute(cudaDevAttrMultiProcessorCount);
+        const int64_t n_chunk = std::clamp<int64_t>(rows * columns / (kRows * enough), 1, 3);
+        const dim3 grid(static_cast<unsigned>(columns),
+                        static_cast<unsigned>(ceil_div(batch.max_len, kWarps * kRows * n_chunk)),
+                        static_cast<unsigned>(batch.n_seq));
+        launch("conv1d_silu", &conv1d_prefill_kernel<T, K>, grid, 32 * kWarps, 0, stream,
+               out.as<T>(), u.as<T>(), weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
+               batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
+               u.row_stride, static_cast<int>(n_chunk));
+        return;
+      }
       go(kEight, kOne, &conv1d_kernel<T, K, 8, 1>);
     };
     switch (weight.dim(1)) {

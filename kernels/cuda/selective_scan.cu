@@ -5,30 +5,36 @@
 //   y  = (sum_n C * h + D * x) * silu(z)
 //
 // Serial in time, parallel over channels and states: a time-parallel scan needs its exponentials
-// twice, and the exponentials are what binds. They don't depend on the recurrence, so a warp runs
-// several tokens ahead with them while the chain itself is one FMA a token. 8 lanes share a channel
-// and hold 2 of 16 states each; the lanes' shares of y are summed for 8 tokens at a time, by a
-// transposition that takes 7 shuffles instead of 24.
+// twice, and they and the issue slots bind. Exponentials don't depend on the recurrence: a warp
+// takes them two tokens ahead, with its loads four to eight ahead, and the chain itself is one FMA
+// a token. 8 lanes share a channel and hold 2 of 16 states each; the lanes' shares of y are summed
+// for 8 tokens at a time, by a transposition that takes 7 shuffles instead of 24.
 //
-// Half of a block's warps do nothing but the recurrence. The other half prepare a tile of 64 tokens
-// ahead of it (softplus and dt * x, once per channel and token) and finish one behind it (D, gate,
-// store), and keep a ring of 3 tiles filled from memory by asynchronous copies. One barrier per
-// tile.
+// A block has as many channels as share one sequence evenly among the multiprocessors (12 to 40 in
+// the published models), in quads of 4. A warp for each quad does nothing but the recurrence.
+// Others work beside: they fetch tiles of 32 tokens by asynchronous copies, prepare them ahead of
+// the recurrence (softplus and dt * x once per channel and token, B and C to f32) and finish them
+// behind it (D, gate, store). Both sides go through rings of tiles with a gate for each tile, so
+// that no warp waits for the slowest of a block. Which scheduler a warp sits on decides a third of
+// the time where a block has few warps of the recurrence: see place_helpers.
 //
 // Shapes   x, dt, z, y T [n_tok, d_inner]; B, C T [n_tok, d_state] views; A f32 [d_inner, d_state];
 //          ssm_state [slot, d_inner, d_state] in f32, bf16 or f16
-// Launch   grid (channels / 16, n_seq), 128 + 128 threads
+// Launch   grid (channels / (4 * n_quad), n_seq), up to 20 warps, some of which leave at once
 // Types    arithmetic f32. With 16-bit inputs exp is the special-function unit's (2 ulp); with f32
 //          inputs a polynomial (1 ulp), since a long memory adds up what a decay close to 1 is off.
 //          More than 16 states are done 16 at a time, tile by tile
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
-// Roofline d_state + 6 special-function results per channel and token, and about 10 instructions
-//          per state and token: bound by both, not by bytes
-// Measured H100 80GB HBM3, bf16, 2048 tokens of one sequence, us at d_inner 1536 and 5120
-//          (tools/bench_ops): 135 and 145. Special functions alone would need 20 and 62: a
-//          scheduler has one to three warps of the recurrence, which wait for shared memory and
-//          shuffles
+// Roofline d_state + 3 special-function results per channel and token; and in instructions of a
+//          thread about 140 in the recurrence and 80 beside it: bound by both, not by bytes
+// Measured H100 80GB HBM3, bf16, 2048 tokens of one sequence, us at d_inner 1536, 2048, 3072, 4096
+//          and 5120 (tools/bench_ops): 44, 47, 63, 74 and 94. Special functions alone would need
+//          14, 19, 29, 38 and 48
 // Same as  kernels/cpu; tests/ops
+#include <algorithm>
+#include <bit>
+#include <limits>
+
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
@@ -36,26 +42,32 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kHalf = 128;     // threads of the recurrence, and as many beside it
-constexpr int kChannels = 16;  // of a block
-constexpr int kTile = 64;      // tokens
-constexpr int kStates = 16;    // states of a pass
-constexpr int kLanes = 8;      // of a channel
+constexpr int kQuad = 4;      // channels, or states of B and C, that a thread prepares together
+constexpr int kTile = 32;     // tokens
+constexpr int kRing = 4;      // tiles between being prepared and being finished
+constexpr int kAhead = 2;     // tiles between being requested from memory and being prepared
+constexpr int kStages = 8;    // tiles between being requested and being finished
+constexpr int kStagesBC = 4;  // steps between being requested and being prepared
+constexpr int kStates = 16;   // states of a pass
+constexpr int kLanes = 8;     // of a channel
+constexpr int kHeld = kStates / kLanes;
 constexpr int kGroup = 8;      // tokens whose y are summed over the lanes together
-// Tiles in the ring: one to finish and then on its way, one in the recurrence, one to prepare.
-constexpr int kRing = 3;
-static_assert(kGroup == kLanes && kTile % kGroup == 0 && kChannels * kLanes == kHalf);
-// Beside the recurrence a thread has 8 neighbouring channels of one token, and 8 states of B and C.
-constexpr int kEight = 8;
-static_assert(kTile * kChannels / kEight == kHalf && kTile * kStates / kEight == kHalf);
+constexpr int kMaxQuads = 12;  // of a block
+constexpr int kMaxWarps = 20;  // of a block
+constexpr int kItemsBC = kTile * kStates / kQuad / 32;  // warp's turns with B and C of a tile
+static_assert(kTile == 32 && kGroup == kLanes && kHeld == 2);
+// A warp that has every second tile requests twice as far ahead.
+static_assert(kStages >= kRing + 2 * kAhead && kStagesBC > kAhead);
 
 struct ScanShape {
   int64_t d_inner;
   int d_state;
-  int n_pass;      // ceil(d_state / kStates)
-  bool eights;     // x, dt, z, y allow accesses of 8 elements
-  bool eights_BC;  // so do B and C
-  DType state;     // of ssm_state
+  int n_pass;        // ceil(d_state / kStates)
+  int n_quad;        // of a block
+  unsigned helpers;  // bit w: warp w works beside the recurrence
+  bool quads;        // x, dt, z, y allow accesses of 4 elements
+  bool quads_BC;     // so do B and C
+  DType state;       // of ssm_state
   int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
 };
 
@@ -66,28 +78,6 @@ struct ScanPointers {
   T* y;
   void* ssm_state;
   const int32_t *seq_start, *slots;
-};
-
-/// 8 neighbours.
-template <typename T>
-struct alignas(16) Eight {
-  T v[kEight];
-};
-
-/// Inputs of a tile as they lie in memory, each thread's own.
-template <typename T>
-struct RawTile {
-  Eight<T> x[kHalf], dt[kHalf], z[kHalf];
-};
-template <typename T>
-struct RawBC {  // of one pass
-  Eight<T> B[kHalf], C[kHalf];
-};
-
-/// A tile ready for the recurrence, and what comes out of it.
-struct Tile {
-  float2 dt_dx[kTile][kChannels];  // softplus(dt), and that times x
-  float y[kTile][kChannels + 4];   // sum_n C * h; the padding spreads a store over the banks
 };
 
 __device__ __forceinline__ float load_state(const void* p, DType type, int64_t i) {
@@ -102,15 +92,6 @@ __device__ __forceinline__ void store_state(void* p, DType type, int64_t i, floa
     static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
   } else {
     static_cast<__half*>(p)[i] = from_float<__half>(v);
-  }
-}
-
-/// Copies 8 elements to shared memory, zeros where !inside, in the background.
-template <typename T>
-__device__ __forceinline__ void copy_eight(Eight<T>* to, const T* from, bool inside) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Eight<T>)); i += 16) {
-    copy16_async(reinterpret_cast<char*>(to) + i, reinterpret_cast<const char*>(from) + i, inside);
   }
 }
 
@@ -131,317 +112,583 @@ __device__ __forceinline__ float exp2_exact(float v) {
   return v < -125.5F ? 0.0F : scaled;
 }
 
-/// The sum over the 8 lanes of a channel of v[lane], v[i] being each lane's share of token i: three
-/// rounds, in each of which a lane gives away half of its tokens and adds what it gets to the rest.
-__device__ __forceinline__ float transposed_sum(float (&v)[kGroup], int lane) {
-#pragma unroll
-  for (int half = kGroup / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float give = upper ? v[i] : v[i + half];
-      const float have = upper ? v[i + half] : v[i];
-      v[i] = have + __shfl_xor_sync(0xffffffffU, give, half);
-    }
+/// Of a value that all lanes have: tells the compiler so, which then knows that a branch on it
+/// keeps the warp together.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffU, v, 0); }
+
+/// Warps meet here, turn after turn: some arrive, others wait until `count` of them have.
+struct Gate {
+  alignas(8) unsigned long long state;
+
+  __device__ __forceinline__ uint32_t at() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&state));
   }
-  return v[0];
+  /// By one thread, before a block barrier.
+  __device__ __forceinline__ void open(unsigned count) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(count) : "memory");
+#else
+    state = static_cast<unsigned long long>(count) << 32;  // and below it, arrivals so far
+#endif
+  }
+  /// By a whole warp, once a turn.
+  __device__ __forceinline__ void arrive() {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at()) : "memory");
+#else
+    __threadfence_block();
+    atomicAdd(reinterpret_cast<unsigned*>(&state), 1U);
+#endif
+  }
+  /// Until all have arrived for the `turn`th time, counted from 0. At most one turn behind them.
+  __device__ __forceinline__ void wait(int turn) const {
+#if __CUDA_ARCH__ >= 800
+    unsigned done = 0;
+    do {
+#if __CUDA_ARCH__ >= 900
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(at()), "r"(turn & 1)
+          : "memory");
+#else
+      asm volatile(
+          "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+          "}"
+          : "=r"(done)
+          : "r"(at()), "r"(turn & 1)
+          : "memory");
+#endif
+    } while (!__all_sync(0xffffffffU, done));
+#else
+    const volatile unsigned* arrived = reinterpret_cast<const volatile unsigned*>(&state);
+    const unsigned count = arrived[1];
+    while (!__all_sync(0xffffffffU, arrived[0] >= (turn + 1) * count)) __nanosleep(64);
+    __threadfence_block();
+#endif
+  }
+};
+
+/// Where things lie in shared memory, in bytes. A quad's share of a ring is followed by 16 bytes,
+/// which spreads neighbouring quads over the banks; so is a token's B and C.
+struct Layout {
+  static constexpr int kFineTile = kTile * kQuad * 8;   // (dt, dt * x)
+  static constexpr int kSumTile = kTile * kQuad * 4;    // sum_n C * h
+  static constexpr int kFine = kRing * kFineTile + 16;  // of a quad
+  static constexpr int kSum = kRing * kSumTile + 16;    // of a quad
+  static constexpr int kBC = kStates * 8 + 16;          // (B, C) of a token
+  static constexpr int kBCTile = kTile * kBC;
+  int fine, sum, bc, raw, raw_bc, full, done, carried, end;
+
+  __host__ __device__ constexpr Layout(int n_quad, int n_pass, int itemsize) {
+    fine = 0;
+    sum = fine + n_quad * kFine;
+    bc = sum + n_quad * kSum;
+    raw = bc + kRing * kBCTile;  // x, dt, z of a turn, thread by thread
+    raw_bc = raw + kStages * n_quad * 3 * 32 * kQuad * itemsize;
+    full = raw_bc + kStagesBC * kItemsBC * 2 * 32 * kQuad * itemsize;
+    done = full + kRing * 8;
+    carried = done + kRing * 8;  // 16-byte aligned: kRing is even
+    // With several passes h and A of each wait here.
+    end = carried + (n_pass > 1 ? n_pass * n_quad * kQuad * kStates * 8 : 0);
+  }
+};
+
+/// Rounds of the sum over the lanes of a channel of v[token]: in each a lane gives away half of its
+/// tokens and adds what it gets to the rest.
+template <int kHalf, int kMask>
+__device__ __forceinline__ void sum_round(float (&v)[kGroup], int lane) {
+  const bool upper = (lane & kMask) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float give = upper ? v[i] : v[i + kHalf];
+    const float have = upper ? v[i + kHalf] : v[i];
+    v[i] = have + __shfl_xor_sync(0xffffffffU, give, kMask);
+  }
 }
 
-/// The recurrence over n_group groups of tokens, for one channel and two states a thread. bc points
-/// at the lane's B and C, dt_dx at the channel, y at the lane's first token and the channel.
+/// One lane of the recurrence: two states of one channel.
 template <typename T>
-__device__ __forceinline__ void recur(const float4* __restrict__ bc,
-                                      const float2* __restrict__ dt_dx, float* __restrict__ y,
-                                      bool add, int n_group, int lane, float (&h)[2],
-                                      const float (&A)[2]) {
-  const auto decay = [](float v) {
+struct Recurrence {
+  const char* fine;  // the channel's, of the ring's first token
+  const char* bc;    // the states', of the ring's first token
+  char* sum;         // the channel's, of the ring's token that this lane sums in a group
+  int lane;
+  float h[kHeld], A[kHeld];
+
+  static __device__ __forceinline__ float decay(float v) {
     if constexpr (sizeof(T) == 4) {
       return exp2_exact(v);
     } else {
       return exp2_fast(v);
     }
-  };
-  const auto decays = [&](int g, float(&to)[kGroup][2]) {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float dt = dt_dx[(g * kGroup + i) * kChannels].x;
-      to[i][0] = decay(dt * A[0]);
-      to[i][1] = decay(dt * A[1]);
-    }
-  };
-  // The exponentials of a group are taken while the group before it is in the recurrence.
-  float next[kGroup][2];
-  decays(0, next);
-#pragma unroll 2
-  for (int g = 0; g < n_group; ++g) {
-    float now[kGroup][2];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      now[i][0] = next[i][0];
-      now[i][1] = next[i][1];
-    }
-    decays(min(g + 1, n_group - 1), next);
-    float share[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float4 of = bc[(g * kGroup + i) * kLanes];  // B, B, C, C
-      const float dx = dt_dx[(g * kGroup + i) * kChannels].y;
-      h[0] = fmaf(now[i][0], h[0], dx * of.x);
-      h[1] = fmaf(now[i][1], h[1], dx * of.y);
-      share[i] = fmaf(of.w, h[1], of.z * h[0]);
-    }
-    float& to = y[g * kGroup * (kChannels + 4)];
-    const float sum = transposed_sum(share, lane);
-    to = add ? to + sum : sum;
   }
-}
 
-/// Shared memory. A step is one pass over a tile.
-template <typename T>
-struct Shared {
-  RawTile<T> raw[kRing];        // of tile k in place k % kRing
-  RawBC<T> raw_bc[kRing];       // of step q in place q % kRing
-  Tile tile[2];                 // of tile k in place k % 2
-  float4 bc[2][kTile][kLanes];  // of step q in place q % 2: a lane's two B and two C
-  // With several passes h and A of each wait here: float2[n_pass][2][kHalf].
+  /// n_tile tiles from tile k and step q. `add`: to the sums of an earlier pass.
+  __device__ __forceinline__ void run(int k, int q, int n_tile, bool add, Gate* full, Gate* done) {
+    // Of the token in the recurrence everything is in registers. B, C and the decays of the kNear
+    // tokens after it are there or on their way, dt and dt * x of a whole group.
+    constexpr int kNear = kGroup / 2;
+    constexpr int kNext = 2;
+    constexpr int kGroups = kTile / kGroup;
+    float a[kNext][kHeld];
+    float4 near_bc[kNear];  // B, C, B, C
+    float2 step[kGroup];
+    float share[2][kGroup];
+    const auto fine_at = [&](const char* of_tile, int t) {
+      return *reinterpret_cast<const float2*>(of_tile + t * (kQuad * 8));
+    };
+    const auto bc_at = [&](const char* of_tile, int t) {
+      return *reinterpret_cast<const float4*>(of_tile + t * Layout::kBC);
+    };
+    const char* this_fine = fine + k % kRing * Layout::kFineTile;
+    const char* this_bc = bc + q % kRing * Layout::kBCTile;
+    const char* next_fine = this_fine;
+    const char* next_bc = this_bc;
+    char* this_sum = sum + k % kRing * Layout::kSumTile;
+    char* last_sum = this_sum;
+    bool first = true;
+    full[q % kRing].wait(q / kRing);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      step[i] = fine_at(this_fine, i);
+      share[1][i] = 0.0F;
+    }
+#pragma unroll
+    for (int i = 0; i < kNear; ++i) {
+      near_bc[i] = bc_at(this_bc, i);
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) a[i % kNext][n] = decay(step[i % kNext].x * A[n]);
+    }
+    const auto token = [&](int t) {
+      const int i = t % kGroup;
+      const int u = t / kGroup % 2;
+      // The sums of the group before.
+      if (i == 0) sum_round<4, 8>(share[1 - u], lane);
+      if (i == 2) sum_round<2, 4>(share[1 - u], lane);
+      if (i == 4) sum_round<1, 1>(share[1 - u], lane);
+      if (i == 6 && (t > kGroup || !first)) {
+        auto* to =
+            reinterpret_cast<float*>(t > kGroup ? this_sum + (t / kGroup - 1) * (kGroup * kQuad * 4)
+                                                : last_sum + (kGroups - 1) * (kGroup * kQuad * 4));
+        *to = add ? *to + share[1 - u][0] : share[1 - u][0];
+      }
+      float4& of = near_bc[t % kNear];
+      float(&of_a)[kHeld] = a[t % kNext];
+      const float dx = step[i].y;
+      h[0] = fmaf(of_a[0], h[0], dx * of.x);
+      h[1] = fmaf(of_a[1], h[1], dx * of.z);
+      share[u][i] = fmaf(of.w, h[1], of.y * h[0]);
+      const float dt = step[(i + kNext) % kGroup].x;
+      of_a[0] = decay(dt * A[0]);
+      of_a[1] = decay(dt * A[1]);
+      of = t + kNear < kTile ? bc_at(this_bc, t + kNear) : bc_at(next_bc, t + kNear - kTile);
+      step[i] = t + kGroup < kTile ? fine_at(this_fine, t + kGroup)
+                                   : fine_at(next_fine, t + kGroup - kTile);
+    };
+    for (; n_tile > 0; --n_tile) {
+#pragma unroll
+      for (int t = 0; t < kTile / 2; ++t) token(t);
+      if (!first) done[(q - 1) % kRing].arrive();  // the tile before is summed
+      ++k;
+      ++q;
+      if (n_tile > 1) {
+        full[q % kRing].wait(q / kRing);
+        next_fine = fine + k % kRing * Layout::kFineTile;
+        next_bc = bc + q % kRing * Layout::kBCTile;
+      }
+#pragma unroll
+      for (int t = kTile / 2; t < kTile; ++t) token(t);
+      last_sum = this_sum;
+      this_sum = sum + k % kRing * Layout::kSumTile;
+      this_fine = next_fine;
+      this_bc = next_bc;
+      first = false;
+    }
+    sum_round<4, 8>(share[1], lane);
+    sum_round<2, 4>(share[1], lane);
+    sum_round<1, 1>(share[1], lane);
+    auto* to = reinterpret_cast<float*>(last_sum + (kGroups - 1) * (kGroup * kQuad * 4));
+    *to = add ? *to + share[1][0] : share[1][0];
+    done[(q - 1) % kRing].arrive();
+  }
 };
 
-/// Both halves of a block meet here from their own code, which __syncthreads() does not allow.
-__device__ __forceinline__ void tile_barrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(2 * kHalf) : "memory");
+template <typename T>
+__device__ __forceinline__ void fetch_quad(char* to, const T* from, int n) {
+  Quad<T> v;
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) v.v[i] = i < n ? from[i] : T(0.0F);
+  *reinterpret_cast<Quad<T>*>(to) = v;
 }
+
+/// One thread beside the recurrence, with one of its turns: 4 channels of one token of each tile.
+template <typename T>
+struct ChannelItem {
+  static constexpr int kBytes = kQuad * static_cast<int>(sizeof(T));
+  const T *x, *dt, *z;  // of the tile to be requested next
+  T* y;                 // of the tile to be finished next
+  char* raw;            // this thread's place of the first stage: x, and after it dt and z
+  char* fine;           // its places of the ring's first tile
+  const char* sum;
+  int tokens;  // from one of its tiles to the next
+  int n_tile;  // tiles in which this token is of the sequence
+  int n;       // channels that exist
+  float4 bias, D;
+
+  __device__ __forceinline__ void request(int k, int stage_bytes, const ScanShape& shape) {
+    if (k >= n_tile) return;
+    char* to = raw + k % kStages * stage_bytes;
+    if (shape.quads) {
+      copy_async<kBytes>(to, x);
+      copy_async<kBytes>(to + 32 * kBytes, dt);
+      copy_async<kBytes>(to + 64 * kBytes, z);
+    } else {
+      fetch_quad(to, x, n);
+      fetch_quad(to + 32 * kBytes, dt, n);
+      fetch_quad(to + 64 * kBytes, z, n);
+    }
+    x += tokens * shape.x_stride;
+    dt += tokens * shape.dt_stride;
+    z += tokens * shape.z_stride;
+  }
+  __device__ __forceinline__ void prepare(int k, int stage_bytes) const {
+    auto* to = reinterpret_cast<float4*>(fine + k % kRing * Layout::kFineTile);
+    if (k >= n_tile) {
+      // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
+      to[0] = to[1] = float4{};
+      return;
+    }
+    const char* from = raw + k % kStages * stage_bytes;
+    const auto of_x = *reinterpret_cast<const Quad<T>*>(from);
+    const auto of_dt = *reinterpret_cast<const Quad<T>*>(from + 32 * kBytes);
+    const float v[kQuad] = {
+        softplus(to_float(of_dt.v[0]) + bias.x), softplus(to_float(of_dt.v[1]) + bias.y),
+        softplus(to_float(of_dt.v[2]) + bias.z), softplus(to_float(of_dt.v[3]) + bias.w)};
+    to[0] = {v[0], v[0] * to_float(of_x.v[0]), v[1], v[1] * to_float(of_x.v[1])};
+    to[1] = {v[2], v[2] * to_float(of_x.v[2]), v[3], v[3] * to_float(of_x.v[3])};
+  }
+  __device__ __forceinline__ void finish(int k, int stage_bytes, const ScanShape& shape) {
+    if (k >= n_tile) return;
+    const char* from = raw + k % kStages * stage_bytes;
+    const auto of_x = *reinterpret_cast<const Quad<T>*>(from);
+    const auto of_z = *reinterpret_cast<const Quad<T>*>(from + 64 * kBytes);
+    const float4 s = *reinterpret_cast<const float4*>(sum + k % kRing * Layout::kSumTile);
+    const auto gated = [](float v, float of_D, T x, T z) {
+      return from_float<T>(fmaf(of_D, to_float(x), v) * silu(to_float(z)));
+    };
+    const Quad<T> out = {
+        gated(s.x, D.x, of_x.v[0], of_z.v[0]), gated(s.y, D.y, of_x.v[1], of_z.v[1]),
+        gated(s.z, D.z, of_x.v[2], of_z.v[2]), gated(s.w, D.w, of_x.v[3], of_z.v[3])};
+    if (shape.quads) {
+      *reinterpret_cast<Quad<T>*>(y) = out;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        if (i < n) y[i] = out.v[i];
+      }
+    }
+    y += tokens * shape.y_stride;
+  }
+};
+
+/// The same with 4 states of B and C of one token.
+template <typename T>
+struct StateItem {
+  static constexpr int kBytes = kQuad * static_cast<int>(sizeof(T));
+  const T *B, *C;  // of the step to be requested next
+  char* raw;       // this thread's place of the first stage: B, and after it C
+  char* bc;        // its place of the ring's first step
+  int n_tile;      // tiles in which this token is of the sequence
+  int n0;          // states n0 .. n0 + 3 of each pass
+
+  __device__ __forceinline__ void request(int k, int pass, int q, int n_pass,
+                                          const ScanShape& shape) {
+    if (k >= n_tile) return;  // dt is 0 there: whatever B and C are
+    char* to = raw + q % kStagesBC * (kItemsBC * 2 * 32 * kBytes);
+    const int n = shape.d_state - pass * kStates - n0;
+    if (shape.quads_BC) {
+      copy_async<kBytes>(to, n > 0 ? B : B - n0, n > 0);
+      copy_async<kBytes>(to + 32 * kBytes, n > 0 ? C : C - n0, n > 0);
+    } else {
+      fetch_quad(to, B, n);
+      fetch_quad(to + 32 * kBytes, C, n);
+    }
+    const bool last = pass + 1 == n_pass;
+    B += last ? kTile * shape.B_stride - pass * kStates : kStates;
+    C += last ? kTile * shape.C_stride - pass * kStates : kStates;
+  }
+  __device__ __forceinline__ void prepare(int k, int q) const {
+    auto* to = reinterpret_cast<float4*>(bc + q % kRing * Layout::kBCTile);
+    if (k >= n_tile) {
+      to[0] = to[1] = float4{};
+      return;
+    }
+    const char* from = raw + q % kStagesBC * (kItemsBC * 2 * 32 * kBytes);
+    const auto B = *reinterpret_cast<const Quad<T>*>(from);
+    const auto C = *reinterpret_cast<const Quad<T>*>(from + 32 * kBytes);
+    to[0] = {to_float(B.v[0]), to_float(C.v[0]), to_float(B.v[1]), to_float(C.v[1])};
+    to[1] = {to_float(B.v[2]), to_float(C.v[2]), to_float(B.v[3]), to_float(C.v[3])};
+  }
+};
 
 /// kOne: one pass does all states, and they stay in registers from the first token to the last.
 template <typename T, bool kOne>
-__global__ void __launch_bounds__(2 * kHalf, sizeof(T) == 2 ? 3 : 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
     selective_scan_kernel(ScanPointers<T> p, ScanShape shape) {
-  after_previous();
   extern __shared__ float4 shared_raw[];
-  Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared_raw);
+  char* const s = reinterpret_cast<char*>(shared_raw);
   const int n_pass = kOne ? 1 : shape.n_pass;
+  const int n_quad = shape.n_quad;
+  const Layout at(n_quad, n_pass, sizeof(T));
+  auto* full = reinterpret_cast<Gate*>(s + at.full);
+  auto* done = reinterpret_cast<Gate*>(s + at.done);
+  const int64_t e0 = static_cast<int64_t>(blockIdx.x) * n_quad * kQuad;
+  const int n_recur = n_quad;
+  const int n_helper = __popc(shape.helpers);
+  // One set: a warp beside the recurrence has one or two of a tile's turns. Two sets: it has one
+  // turn with channels, of every second tile, or one with B and C.
+  const bool two_sets = n_helper > n_quad + kItemsBC;
+  if (threadIdx.x < kRing) {
+    full[threadIdx.x].open(static_cast<unsigned>(two_sets ? n_quad + kItemsBC : n_helper));
+    done[threadIdx.x].open(static_cast<unsigned>(n_recur));
+  }
+  __syncthreads();
+  const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool recurs = warp < n_recur;
+  if (!recurs && (shape.helpers >> warp & 1) == 0) return;
 
+  after_previous();
   const int seq = static_cast<int>(blockIdx.y);
   const int32_t slot = p.slots[seq];
-  if (slot < 0) return;
   const int64_t begin = p.seq_start[seq];
   const int64_t len = p.seq_start[seq + 1] - begin;
-  const int n_tile = static_cast<int>((len + kTile - 1) / kTile);
-  const int64_t e0 = static_cast<int64_t>(blockIdx.x) * kChannels;
-  const int tid = static_cast<int>(threadIdx.x) % kHalf;
+  if (slot < 0 || len == 0) return;
+  const int n_tile = uniform(static_cast<int>((len + kTile - 1) / kTile));
 
-  if (threadIdx.x < kHalf) {
-    // The recurrence: channel e, states 2 * lane and the next of each pass.
-    const int lane = tid % kLanes;
-    const int channel = tid / kLanes;
-    const int64_t e = e0 + channel;
+  if (recurs) {
+    // Lane bits: 1 is a channel's, 0 a state's, so that a load of B and C and one of dt and dt * x
+    // have the same address in lanes that differ in that bit alone, which halves their cost.
+    const int state = (lane & 1) | (lane >> 1 & 6);
+    const int channel = (lane >> 1 & 1) | (lane >> 4 << 1);
+    const int64_t e = e0 + warp * kQuad + channel;
     const int64_t row = (slot * shape.d_inner + e) * static_cast<int64_t>(shape.d_state);
-    auto* carried = reinterpret_cast<float2*>(&s + 1) + tid;
-    float h[2], A[2];
+    Recurrence<T> r;
+    r.fine = s + at.fine + warp * Layout::kFine + channel * 8;
+    r.bc = s + at.bc + state * (kHeld * 8);
+    r.sum = s + at.sum + warp * Layout::kSum + state * (kQuad * 4) + channel * 4;
+    r.lane = lane;
+    auto* carried = reinterpret_cast<float2*>(s + at.carried) + threadIdx.x * kHeld;
+    const int carried_stride = n_recur * 32 * kHeld;
     const auto exists = [&](int n) { return e < shape.d_inner && n < shape.d_state; };
     for (int pass = 0; pass < n_pass; ++pass) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = pass * kStates + 2 * lane + i;
-        h[i] = exists(n) ? load_state(p.ssm_state, shape.state, row + n) : 0.0F;
-        A[i] = exists(n) ? p.A[e * shape.d_state + n] * kLog2e : 0.0F;
-      }
-      if constexpr (!kOne) {
-        carried[2 * pass * kHalf] = {h[0], h[1]};
-        carried[(2 * pass + 1) * kHalf] = {A[0], A[1]};
+      for (int i = 0; i < kHeld; ++i) {
+        const int n = pass * kStates + state * kHeld + i;
+        r.h[i] = exists(n) ? load_state(p.ssm_state, shape.state, row + n) : 0.0F;
+        r.A[i] = exists(n) ? p.A[e * shape.d_state + n] * kLog2e : 0.0F;
+        if constexpr (!kOne) carried[pass * carried_stride + i] = {r.h[i], r.A[i]};
       }
     }
-    tile_barrier();  // the first step is prepared
-    for (int k = 0, q = 0; k < n_tile; ++k) {
-      const int64_t left = len - static_cast<int64_t>(k) * kTile;
-      const int n_group =
-          (static_cast<int>(min(static_cast<int64_t>(kTile), left)) + kGroup - 1) / kGroup;
-      Tile& tile = s.tile[k % 2];
-      for (int pass = 0; pass < n_pass; ++pass, ++q) {
-        if constexpr (!kOne) {
-          const float2 of_h = carried[2 * pass * kHalf];
-          const float2 of_A = carried[(2 * pass + 1) * kHalf];
-          h[0] = of_h.x, h[1] = of_h.y, A[0] = of_A.x, A[1] = of_A.y;
+    if constexpr (kOne) {
+      r.run(0, 0, n_tile, false, full, done);
+    } else {
+      for (int k = 0, q = 0; k < n_tile; ++k) {
+        for (int pass = 0; pass < n_pass; ++pass, ++q) {
+          float2* c = carried + pass * carried_stride;
+#pragma unroll
+          for (int i = 0; i < kHeld; ++i) r.h[i] = c[i].x, r.A[i] = c[i].y;
+          r.run(k, q, 1, pass > 0, full, done);
+#pragma unroll
+          for (int i = 0; i < kHeld; ++i) c[i].x = r.h[i];
         }
-        recur<T>(&s.bc[q % 2][0][lane], &tile.dt_dx[0][channel], &tile.y[lane][channel], pass > 0,
-                 n_group, lane, h, A);
-        if constexpr (!kOne) carried[2 * pass * kHalf] = {h[0], h[1]};
-        tile_barrier();
       }
     }
     for (int pass = 0; pass < n_pass; ++pass) {
-      if constexpr (!kOne) {
-        const float2 of_h = carried[2 * pass * kHalf];
-        h[0] = of_h.x, h[1] = of_h.y;
-      }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = pass * kStates + 2 * lane + i;
-        if (exists(n)) store_state(p.ssm_state, shape.state, row + n, h[i]);
+      for (int i = 0; i < kHeld; ++i) {
+        const int n = pass * kStates + state * kHeld + i;
+        const float h = kOne ? r.h[i] : carried[pass * carried_stride + i].x;
+        if (exists(n)) store_state(p.ssm_state, shape.state, row + n, h);
       }
     }
     return;
   }
 
-  // Beside it: token t of each tile, channels e .. e + 7, states n .. n + 7 of each pass.
-  const int t = tid / 2;
-  const int c = tid % 2 * kEight;
-  const int64_t e = e0 + c;
-  float bias[kEight], D[kEight];
-#pragma unroll
-  for (int i = 0; i < kEight; ++i) {
-    bias[i] = e + i < shape.d_inner ? p.dt_bias[e + i] : 0.0F;
-    D[i] = e + i < shape.d_inner ? p.D[e + i] : 0.0F;
-  }
-  // This thread's place in the tile to be requested next; `left` tokens of the sequence from there.
-  const int64_t at0 = begin + t;
-  const T* x_next = p.x + at0 * shape.x_stride + e;
-  const T* dt_next = p.dt + at0 * shape.dt_stride + e;
-  const T* z_next = p.z + at0 * shape.z_stride + e;
-  const T* B_next = p.B + at0 * shape.B_stride + c;
-  const T* C_next = p.C + at0 * shape.C_stride + c;
-  int64_t left = len - t;
-  const int width = static_cast<int>(min(shape.d_inner - e, static_cast<int64_t>(kEight)));
-  const auto fetch = [&](Eight<T>* to, const T* from, int n, bool eights) {
-    if (eights) return copy_eight(to, left > 0 && n > 0 ? from : p.x, left > 0 && n > 0);
-    Eight<T> v;
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) v.v[i] = left > 0 && i < n ? from[i] : T(0.0F);
-    *to = v;
+  // Beside it. A tile is n_quad turns of a warp with x, dt and z and kItemsBC with B and C; a warp
+  // has one or two of them: one or two with channels, or one of each, or one with B and C.
+  constexpr int kBytes = kQuad * static_cast<int>(sizeof(T));
+  const int stage_bytes = n_quad * (3 * 32 * kBytes);
+  const int helper = __popc(shape.helpers & ((1U << warp) - 1));
+  const auto tiles_of = [&](int t) { return static_cast<int>((len - t + kTile - 1) / kTile); };
+  const auto channels = [&](int turn, int tile, int stride) {
+    ChannelItem<T> c;
+    const int t = (turn * 32 + lane) / n_quad;
+    const int quad = (turn * 32 + lane) % n_quad;
+    const int64_t e = e0 + quad * kQuad;
+    c.n = static_cast<int>(min(max(shape.d_inner - e, int64_t{0}), int64_t{kQuad}));
+    c.n_tile = c.n > 0 ? tiles_of(t) : 0;
+    const int64_t row = begin + tile * kTile + t;
+    c.x = p.x + row * shape.x_stride + e;
+    c.dt = p.dt + row * shape.dt_stride + e;
+    c.z = p.z + row * shape.z_stride + e;
+    c.y = p.y + row * shape.y_stride + e;
+    c.tokens = stride * kTile;
+    c.raw = s + at.raw + turn * (3 * 32 * kBytes) + lane * kBytes;
+    c.fine = s + at.fine + quad * Layout::kFine + t * (kQuad * 8);
+    c.sum = s + at.sum + quad * Layout::kSum + t * (kQuad * 4);
+    const auto parameter = [&](const float* v, int j) { return j < c.n ? v[e + j] : 0.0F; };
+    c.bias = {parameter(p.dt_bias, 0), parameter(p.dt_bias, 1), parameter(p.dt_bias, 2),
+              parameter(p.dt_bias, 3)};
+    c.D = {parameter(p.D, 0), parameter(p.D, 1), parameter(p.D, 2), parameter(p.D, 3)};
+    return c;
   };
-  // One group of copies per step, empty past the end.
-  const auto request = [&](int k, int pass, int q) {
-    if (k < n_tile) {
-      if (pass == 0) {
-        RawTile<T>& r = s.raw[k % kRing];
-        fetch(&r.x[tid], x_next, width, shape.eights);
-        fetch(&r.dt[tid], dt_next, width, shape.eights);
-        fetch(&r.z[tid], z_next, width, shape.eights);
-      }
-      RawBC<T>& r = s.raw_bc[q % kRing];
-      const int states = shape.d_state - pass * kStates - c;
-      fetch(&r.B[tid], B_next + pass * kStates, states, shape.eights_BC);
-      fetch(&r.C[tid], C_next + pass * kStates, states, shape.eights_BC);
-      if (pass + 1 == n_pass) {
-        x_next += kTile * shape.x_stride;
-        dt_next += kTile * shape.dt_stride;
-        z_next += kTile * shape.z_stride;
-        B_next += kTile * shape.B_stride;
-        C_next += kTile * shape.C_stride;
-        left -= kTile;
-      }
+  const int n_channels = two_sets ? 2 * n_quad : n_quad;
+  const bool has_item = helper < n_channels;
+  const int second = helper + n_helper;
+  const bool has_other = second < n_quad;
+  const int turn_bc = (has_item ? second : helper) - n_channels;
+  const bool has_bc = turn_bc >= 0 && turn_bc < kItemsBC;
+  const int first = two_sets && has_item ? helper / n_quad : 0;  // tile, and from it every ..
+  const int stride = two_sets && has_item ? 2 : 1;
+  ChannelItem<T> item = channels(has_item ? helper % n_quad : 0, first, stride);
+  ChannelItem<T> other = channels(has_other ? second : 0, 0, 1);
+  StateItem<T> states;
+  {
+    const int turn = has_bc ? turn_bc : 0;
+    const int t = turn * 8 + lane / 4;
+    states.n0 = lane % 4 * kQuad;
+    states.n_tile = tiles_of(t);
+    states.B = p.B + (begin + t) * shape.B_stride + states.n0;
+    states.C = p.C + (begin + t) * shape.C_stride + states.n0;
+    states.raw = s + at.raw_bc + turn * (2 * 32 * kBytes) + lane * kBytes;
+    states.bc = s + at.bc + t * Layout::kBC + states.n0 * 8;
+  }
+
+  // A step is one pass over a tile. It is requested kAhead steps before it is prepared; a tile is
+  // finished kRing tiles after it was prepared, just before its places are used again.
+  int wanted_k = first, wanted_pass = 0;
+  const auto request = [&] {
+    if (wanted_pass == 0) {
+      if (has_item) item.request(wanted_k, stage_bytes, shape);
+      if (has_other) other.request(wanted_k, stage_bytes, shape);
+    }
+    if (has_bc) {
+      states.request(wanted_k, wanted_pass, wanted_k * n_pass + wanted_pass, n_pass, shape);
+    }
+    if (kOne || ++wanted_pass == n_pass) {
+      wanted_pass = 0;
+      wanted_k += stride;
     }
     end_copies();
   };
-  const auto prepare = [&](int k, int pass, int q) {
-    const RawBC<T>& of = s.raw_bc[q % kRing];
-    const Eight<T> B = of.B[tid];
-    const Eight<T> C = of.C[tid];
-    float4* bc = &s.bc[q % 2][t][c / 2];
 #pragma unroll
-    for (int i = 0; i < kEight; i += 2) {
-      bc[i / 2] = {to_float(B.v[i]), to_float(B.v[i + 1]), to_float(C.v[i]), to_float(C.v[i + 1])};
-    }
-    if (pass > 0) return;
-    const Eight<T> x = s.raw[k % kRing].x[tid];
-    const Eight<T> dt = s.raw[k % kRing].dt[tid];
-    const float inside = static_cast<int64_t>(k) * kTile + t < len ? 1.0F : 0.0F;
-    auto* to = reinterpret_cast<float4*>(&s.tile[k % 2].dt_dx[t][c]);
-#pragma unroll
-    for (int i = 0; i < kEight; i += 2) {
-      // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
-      const float a = softplus(to_float(dt.v[i]) + bias[i]) * inside;
-      const float b = softplus(to_float(dt.v[i + 1]) + bias[i + 1]) * inside;
-      to[i / 2] = {a, a * to_float(x.v[i]), b, b * to_float(x.v[i + 1])};
-    }
-  };
-  T* y_next = p.y + at0 * shape.y_stride + e;
-  const auto finish = [&](int k) {
-    if (static_cast<int64_t>(k) * kTile + t >= len) return;
-    const Eight<T> x = s.raw[k % kRing].x[tid];
-    const Eight<T> z = s.raw[k % kRing].z[tid];
-    const auto* sums = reinterpret_cast<const float4*>(&s.tile[k % 2].y[t][c]);
-    const float4 low = sums[0];
-    const float4 high = sums[1];
-    const float y[kEight] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    Eight<T> out;
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-      const float v = fmaf(D[i], to_float(x.v[i]), y[i]);
-      out.v[i] = from_float<T>(v * silu(to_float(z.v[i])));
-    }
-    T* to = y_next;
-    y_next += kTile * shape.y_stride;
-    if (shape.eights) {
-      if (e < shape.d_inner) *reinterpret_cast<Eight<T>*>(to) = out;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kEight; ++i) {
-        if (e + i < shape.d_inner) to[i] = out.v[i];
-      }
-    }
-  };
-  // A place among the steps.
-  struct Place {
-    int k = 0, pass = 0, q = 0;
-    __device__ void advance(int n_pass) {
-      ++q;
-      if (++pass == n_pass) {
-        pass = 0;
-        ++k;
-      }
-    }
-  };
-  // A step is requested kRing - 1 ahead of its recurrence, prepared one ahead; a tile is finished
-  // in the step after its last one, just before its place in the ring is requested again.
-  Place wanted, ahead;
-  for (int i = 0; i < kRing - 1; ++i, wanted.advance(n_pass)) {
-    request(wanted.k, wanted.pass, wanted.q);
-  }
-  await_copies<kRing - 2>();  // of all steps but the last ones requested
-  if (n_tile > 0) prepare(0, 0, 0);
-  ahead.advance(n_pass);
-  tile_barrier();
-  for (int k = 0; k < n_tile; ++k) {
+  for (int i = 0; i < kAhead; ++i) request();
+  int k = first;
+  for (; k < n_tile; k += stride) {
     for (int pass = 0; pass < n_pass; ++pass) {
-      if (pass == 0 && k > 0) finish(k - 1);
-      request(wanted.k, wanted.pass, wanted.q);
-      wanted.advance(n_pass);
-      await_copies<kRing - 2>();  // of all steps but the last ones requested
-      if (ahead.k < n_tile) prepare(ahead.k, ahead.pass, ahead.q);
-      ahead.advance(n_pass);
-      tile_barrier();  // this step is through the recurrence
+      const int q = k * n_pass + pass;
+      await_copies<kAhead - 1>();  // of all steps but the last ones requested
+      if (q >= kRing) done[q % kRing].wait(q / kRing - 1);
+      if (pass == 0) {
+        if (has_item) {
+          if (k >= kRing) item.finish(k - kRing, stage_bytes, shape);
+          item.prepare(k, stage_bytes);
+        }
+        if (has_other) {
+          if (k >= kRing) other.finish(k - kRing, stage_bytes, shape);
+          other.prepare(k, stage_bytes);
+        }
+      }
+      if (has_bc) states.prepare(k, q);
+      full[q % kRing].arrive();
+      request();
     }
   }
-  if (n_tile > 0) finish(n_tile - 1);
+  const int n_step = n_tile * n_pass;
+  for (k = max(k - kRing, first); k < n_tile; k += stride) {
+    const int q = (k + 1) * n_pass - 1;
+    if (q >= n_step - kRing) done[q % kRing].wait(q / kRing);  // else it was waited for above
+    if (has_item) item.finish(k, stage_bytes, shape);
+    if (has_other) other.finish(k, stage_bytes, shape);
+  }
 }
 
 template <typename T, bool kOne>
 void launch_scan(const ScanPointers<T>& p, const ScanShape& shape, int64_t n_seq,
                  cudaStream_t stream) {
-  size_t shared = sizeof(Shared<T>);
-  if (!kOne) shared += 2 * static_cast<size_t>(shape.n_pass) * kHalf * sizeof(float2);
+  const auto shared = static_cast<size_t>(Layout(shape.n_quad, shape.n_pass, sizeof(T)).end);
   auto* kernel = &selective_scan_kernel<T, kOne>;
   KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shared)));
-  const dim3 grid(static_cast<unsigned>(ceil_div(shape.d_inner, kChannels)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(shape.d_inner, kQuad * shape.n_quad)),
                   static_cast<unsigned>(n_seq));
-  launch("selective_scan", kernel, grid, 2 * kHalf, shared, stream, p, shape);
+  const int n_warp = std::max<int>(shape.n_quad, std::bit_width(shape.helpers));
+  launch("selective_scan", kernel, grid, 32 * n_warp, shared, stream, p, shape);
 }
 
-/// Whether rows of `t` allow 16-byte accesses of 8 elements (4 for f32, twice).
-bool allows_eights(const Tensor& t) { return aligned16(t) && t.dim(1) % kEight == 0; }
+/// Whether rows of `t` allow accesses of 4 elements.
+bool allows_quads(const Tensor& t) {
+  const size_t bytes = kQuad * itemsize(t.dtype);
+  return reinterpret_cast<uintptr_t>(t.data) % bytes == 0 && t.dim(1) % kQuad == 0 &&
+         (t.dim(0) == 1 || t.row_stride % kQuad == 0);
+}
+
+/// Quads of a block. The time of a multiprocessor in tokens of a quad: what its blocks have to do,
+/// each no less than as if it had 4 quads, and what each takes to begin and to end.
+int choose_quads(const ScanShape& shape, int64_t n_seq, int64_t length, int itemsize) {
+  constexpr int64_t kLeast = 4;
+  constexpr int64_t kEnds = 1200;
+  const int64_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int best = 1;
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int n = 1; n <= kMaxQuads && Layout(n, shape.n_pass, itemsize).end <= room; ++n) {
+    const int64_t blocks = ceil_div(ceil_div(shape.d_inner, kQuad * n) * n_seq, n_sm);
+    const int64_t cost = blocks * (std::max<int64_t>(n, kLeast) * length + kEnds);
+    if (cost < best_cost) best = n, best_cost = cost;
+  }
+  return best;
+}
+
+/// Which warps work beside the recurrence, whose warps are 0 .. n_quad - 1: two sets of them where
+/// there is room, since one warp is late with each tile of a narrow block. A multiprocessor deals a
+/// block's warps to its four schedulers in turn; a warp beside the recurrence goes where there is
+/// the least to do, with half the work of one in it. (One after the other instead: 73 us for 51 at
+/// d_inner 1536.)
+unsigned place_helpers(int n_quad, bool one_pass) {
+  int n = n_quad <= 5 && one_pass ? 2 * n_quad + kItemsBC : std::min(n_quad + kItemsBC, 8);
+  int load[4] = {};
+  unsigned helpers = 0;
+  for (int w = 0; w < n_quad; ++w) load[w % 4] += 2;
+  for (; n > 0; --n) {
+    int best = -1, best_load = 0;
+    for (int w = n_quad; w < kMaxWarps; ++w) {
+      if ((helpers >> w & 1) != 0) continue;
+      if (best < 0 || load[w % 4] < best_load) best = w, best_load = load[w % 4];
+    }
+    helpers |= 1U << best;
+    ++load[best % 4];
+  }
+  return helpers;
+}
 
 }  // namespace
 
 void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                     const Batch& batch, cudaStream_t stream) {
   const auto d_state = static_cast<int>(in.A.dim(1));
-  const ScanShape shape{
+  ScanShape shape{
       in.x.dim(1),
       d_state,
       static_cast<int>(ceil_div(d_state, kStates)),
-      allows_eights(in.x) && allows_eights(in.dt) && allows_eights(in.z) && allows_eights(y),
-      allows_eights(in.B) && allows_eights(in.C),
+      0,
+      0,
+      allows_quads(in.x) && allows_quads(in.dt) && allows_quads(in.z) && allows_quads(y),
+      allows_quads(in.B) && allows_quads(in.C),
       ssm_state.dtype,
       in.x.row_stride,
       in.dt.row_stride,
@@ -464,6 +711,8 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
                             ssm_state.data,
                             batch.seq_start.as<int32_t>(),
                             batch.slot.as<int32_t>()};
+    shape.n_quad = choose_quads(shape, batch.n_seq, batch.max_len, sizeof(T));
+    shape.helpers = place_helpers(shape.n_quad, shape.n_pass == 1);
     if (shape.n_pass > 1) return launch_scan<T, false>(p, shape, batch.n_seq, stream);
     launch_scan<T, true>(p, shape, batch.n_seq, stream);
   });

@@ -48,6 +48,13 @@ std::vector<ConvCase> conv_cases() {
       }
     }
     vary("ragged", [](ConvCase& c) { c.lengths = {5, 1, 17, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
+    // Enough work for a device to walk long stretches of each channel.
+    vary("wide_ragged", [](ConvCase& c) {
+      c.d_inner = 5120, c.lengths = {500, 3, 97}, c.slots = {4, 0, 5};
+    });
+    vary("wide_padding", [](ConvCase& c) {
+      c.d_inner = 2052, c.lengths = {31, 800, 257}, c.slots = {-1, 1, 2};
+    });
     vary("padding", [](ConvCase& c) { c.lengths = {5, 2, 3, 1}, c.slots = {4, -1, 0, -1}; });
     vary("empty", [](ConvCase& c) { c.lengths = {2, 0, 3}, c.slots = {1, 0, 2}; });
   }

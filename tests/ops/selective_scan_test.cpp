@@ -154,6 +154,13 @@ std::vector<ScanCase> scan_cases() {
         c.lengths = {1, 1, 1, 1, 1}, c.slots = {4, -1, 5, 1, 2};
       });
     }
+    // Widths of whole models, whose channels a device may share out otherwise.
+    for (const int64_t d : {2048, 2560, 3076, 4096, 5120, 8192}) {
+      vary(fmt::format("d{}", d), [&](ScanCase& c) { c.d_inner = d, c.lengths = {35}; });
+    }
+    vary("d1536_ragged", [](ScanCase& c) {
+      c.d_inner = 1536, c.lengths = {33, 1, 70, 5}, c.slots = {4, 0, 5, 1};
+    });
     vary("ragged", [](ScanCase& c) { c.lengths = {5, 1, 40, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
     vary("padding", [](ScanCase& c) { c.lengths = {5, 2, 3, 1}, c.slots = {4, -1, 0, -1}; });
     vary("decode_padding", [](ScanCase& c) { c.lengths = {1, 1, 1}, c.slots = {4, -1, 0}; });
@@ -179,8 +186,8 @@ OPS_TEST_BACKENDS(SelectiveScan, ::testing::ValuesIn(scan_cases()));
 
 std::vector<ScanCase> length_cases() {
   std::vector<ScanCase> cases;
-  for (const int32_t n :
-       {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049}) {
+  for (const int32_t n : {1,   2,   3,   4,   5,   31,  32,  33,  63,  64,  65,   127,  128,
+                          129, 191, 192, 193, 223, 224, 225, 255, 256, 257, 2047, 2048, 2049}) {
     cases.push_back({.name = fmt::format("L{}", n), .d_inner = 19, .lengths = {n}});
     cases.push_back(
         {.name = fmt::format("L{}_state7", n), .d_inner = 5, .d_state = 7, .lengths = {n}});
