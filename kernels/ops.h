@@ -26,6 +26,7 @@
 #include "base/buffer.h"
 #include "base/tensor.h"
 #include "kernels/mamba1_step.h"
+#include "kernels/state_rounding.h"
 
 namespace krait {
 
@@ -37,6 +38,7 @@ struct Batch {
       0;             ///< longest sequence of the step; 1 means that every sequence brings one token
   Tensor seq_start;  ///< i32 [n_seq + 1]
   Tensor slot;       ///< i32 [n_seq]
+  Rounding rounding = Rounding::nearest;  ///< of an ssm state in 16 bits
 };
 
 /// Inputs of selective_scan, in the letters of Gu & Dao 2023, algorithm 2.

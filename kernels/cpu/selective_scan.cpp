@@ -92,7 +92,7 @@ HWY_INLINE void recur_any(Tile& tile, int64_t c, int64_t n_tok, int64_t padded) 
 /// Channels [e, e + width), width <= kChannels, of tokens [begin, end).
 template <typename State>
 void scan(const Tensor& y, const ScanInputs& in, State* state, int64_t begin, int64_t end,
-          int64_t e, int64_t width) {
+          int64_t e, int64_t width, Rounding rounding) {
   const F32 d;
   const int64_t n = lanes();
   const int64_t d_inner = in.A.dim(0);
@@ -157,7 +157,9 @@ void scan(const Tensor& y, const ScanInputs& in, State* state, int64_t begin, in
   }
   for (int64_t c = 0; c < width; ++c) {
     State* to = state + (e + c) * d_state;
-    for (int64_t i = 0; i < d_state; ++i) to[i] = State(tile.h[c * padded + i]);
+    for (int64_t i = 0; i < d_state; ++i) {
+      to[i] = round_state<State>(tile.h[c * padded + i], rounding, (e + c) * d_state + i);
+    }
   }
 }
 
@@ -186,7 +188,7 @@ void selective_scan_kernel(ThreadPool& pool, const Tensor& y, const ScanInputs& 
         if (slot < 0) continue;
         scan(y, in, ssm_state.as<State>() + slot * d_inner * d_state,
              batch.seq_start.as<int32_t>()[s], batch.seq_start.as<int32_t>()[s + 1], e,
-             std::min(kChannels, d_inner - e));
+             std::min(kChannels, d_inner - e), batch.rounding);
       }
     });
   });

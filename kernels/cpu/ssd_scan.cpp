@@ -68,7 +68,7 @@ HWY_INLINE void recur(SsdTile& tile, int64_t i, int64_t padded, const float* x, 
 /// Head h over tokens [begin, end).
 template <typename State>
 void scan_head(const Tensor& y, const SsdInputs& in, State* state, int64_t P, int64_t N, int64_t h,
-               int64_t begin, int64_t end) {
+               int64_t begin, int64_t end, Rounding rounding) {
   const F32 d;
   const int64_t n = lanes();
   const int64_t padded = (N + n - 1) / n * n;
@@ -115,7 +115,9 @@ void scan_head(const Tensor& y, const SsdInputs& in, State* state, int64_t P, in
     }
   }
   for (int64_t p = 0; p < P; ++p) {
-    for (int64_t i = 0; i < N; ++i) state[p * N + i] = State(kept[p * padded + i]);
+    for (int64_t i = 0; i < N; ++i) {
+      state[p * N + i] = round_state<State>(kept[p * padded + i], rounding, (h * P + p) * N + i);
+    }
   }
 }
 
@@ -142,7 +144,8 @@ void ssd_scan_kernel(ThreadPool& pool, const Tensor& y, const SsdInputs& in,
         const int32_t slot = batch.slot.as<int32_t>()[s];
         if (slot < 0) continue;
         scan_head(y, in, ssm_state.as<State>() + (slot * H + h) * P * N, P, N, h,
-                  batch.seq_start.as<int32_t>()[s], batch.seq_start.as<int32_t>()[s + 1]);
+                  batch.seq_start.as<int32_t>()[s], batch.seq_start.as<int32_t>()[s + 1],
+                  batch.rounding);
       }
     });
   });

@@ -236,6 +236,7 @@ class BatchCommand {
     EngineOptions o;
     o.prefill_chunk = flags_.device.prefill_chunk;
     o.state_dtype = flags_.device.ssm_dtype();
+    o.state_rounding = flags_.device.ssm_rounding();
     o.penalties = survey.penalties;
     o.max_seen_window = survey.window;
     o.max_bias = survey.n_bias;

@@ -121,6 +121,7 @@ class Runner {
     options.n_slot = batch;
     options.prefill_chunk = flags_.device.prefill_chunk;
     options.state_dtype = state_;
+    options.state_rounding = flags_.device.ssm_rounding();
     options.penalties = false;
     engine_ = std::make_unique<Engine>(model_, op_, options);
     batch_ = batch;

@@ -92,6 +92,7 @@ int logits(const LogitsFlags& flags, const CommonFlags& common) {
   EngineOptions options;
   options.prefill_chunk = flags.device.prefill_chunk;
   options.state_dtype = flags.device.ssm_dtype();
+  options.state_rounding = flags.device.ssm_rounding();
   options.penalties = false;
   Engine engine(*session.model, *session.ops, options);
   engine.open(0, SampleParams{});

@@ -120,6 +120,10 @@ std::optional<DType> DeviceFlags::weight_dtype() const {
 
 DType DeviceFlags::ssm_dtype() const { return parse_dtype(state_dtype); }
 
+Rounding DeviceFlags::ssm_rounding() const {
+  return state_rounding == "stochastic" ? Rounding::stochastic : Rounding::nearest;
+}
+
 void add_backend_flags(CLI::App& app, DeviceFlags& flags, bool several) {
   const auto is_device = [](std::string_view v) {
     return v == "auto" || v == "cpu" || v == "cuda" ||
@@ -159,6 +163,12 @@ void add_backend_flags(CLI::App& app, DeviceFlags& flags, bool several) {
                           "Prompt tokens per step (0: chosen for the device)"))
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->type_name("N")
+      ->group(kDeviceGroup);
+  with_env(app.add_option("--state-rounding", flags.state_rounding,
+                          "Of an SSM state in 16 bits: nearest, or stochastic, which loses nothing "
+                          "on average"))
+      ->check(CLI::IsMember({"nearest", "stochastic"}))
+      ->type_name("HOW")
       ->group(kDeviceGroup);
 }
 

@@ -45,15 +45,17 @@ struct DeviceFlags {
   std::string device = "auto";
   std::string dtype = "auto";
   std::string state_dtype = "f32";
+  std::string state_rounding = "nearest";
   int threads = 0;
   int64_t prefill_chunk = 0;
 
   [[nodiscard]] std::optional<DType> weight_dtype() const;  ///< empty: auto
   [[nodiscard]] DType ssm_dtype() const;
+  [[nodiscard]] Rounding ssm_rounding() const;
 };
 /// `several`: --device may be a list, such as cuda:0,1.
 void add_device_flags(CLI::App& app, DeviceFlags& flags, bool several = false);
-/// --device, --threads and --prefill-chunk alone.
+/// --device, --threads, --prefill-chunk and --state-rounding alone.
 void add_backend_flags(CLI::App& app, DeviceFlags& flags, bool several = false);
 
 /// --dtype and --state-dtype as lists, for a command that tries several.

@@ -81,6 +81,7 @@ EngineOptions options_of_engine(const RunFlags& flags, const Session& session,
   EngineOptions o;
   o.prefill_chunk = flags.device.prefill_chunk;
   o.state_dtype = flags.device.ssm_dtype();
+  o.state_rounding = flags.device.ssm_rounding();
   o.max_bias = std::max(o.max_bias, static_cast<int64_t>(bias.size()));
   o.penalties = params.repeat_penalty != 1.0F || params.presence_penalty != 0.0F ||
                 params.frequency_penalty != 0.0F;

@@ -236,8 +236,12 @@ struct Engine::Impl {
   /// One step of the first n of kDecodeSlot. Nothing here depends on anything but n and `keep` that
   /// does not lie in device memory.
   void decode(int64_t n) {
-    const Batch b{n, n, 1, step_memory[kDecodeStart].rows(0, n + 1),
-                  step_memory[kDecodeSlot].rows(0, n)};
+    const Batch b{n,
+                  n,
+                  1,
+                  step_memory[kDecodeStart].rows(0, n + 1),
+                  step_memory[kDecodeSlot].rows(0, n),
+                  options.state_rounding};
     const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
     const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
     op.gather_rows(ids, next_id, b.slot);
@@ -549,8 +553,8 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
     const auto part = [&](int64_t offset, int64_t n) {
       return Tensor(all.as<int32_t>() + offset, DType::i32, {n});
     };
-    e.forward(part(0, n_tok),
-              {n_tok, n_seq, max_len, part(at.start, n_seq + 1), part(at.slot, n_seq)});
+    e.forward(part(0, n_tok), {n_tok, n_seq, max_len, part(at.start, n_seq + 1),
+                               part(at.slot, n_seq), e.options.state_rounding});
     if (n_end > 0) {
       e.op.gather_rows(e.step_memory[kEnd].rows(n_ended, n_end), e.residual(0, n_tok),
                        part(at.end, n_end));
