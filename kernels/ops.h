@@ -38,7 +38,13 @@ struct Batch {
       0;             ///< longest sequence of the step; 1 means that every sequence brings one token
   Tensor seq_start;  ///< i32 [n_seq + 1]
   Tensor slot;       ///< i32 [n_seq]
-  Rounding rounding = Rounding::nearest;  ///< of an ssm state in 16 bits
+  /// Of an ssm state in 16 bits, where every sequence brings one token. After longer ones it is
+  /// rounded to nearest, once.
+  Rounding rounding = Rounding::nearest;
+
+  [[nodiscard]] Rounding state_rounding() const {
+    return max_len == 1 ? rounding : Rounding::nearest;
+  }
 };
 
 /// Inputs of selective_scan, in the letters of Gu & Dao 2023, algorithm 2.

@@ -161,7 +161,8 @@ void PlainOps::selective_scan(const Tensor& y, const ScanInputs& in, const Tenso
           at(y, t, e) = (sum + in.D.as<float>()[e] * x) * silu(z);
         }
         for (int64_t n = 0; n < d_state; ++n) {
-          state[n] = round_state<State>(h[static_cast<size_t>(n)], batch.rounding, e * d_state + n);
+          state[n] = round_state<State>(h[static_cast<size_t>(n)], batch.state_rounding(),
+                                        e * d_state + n);
         }
       }
     }
@@ -201,7 +202,8 @@ void PlainOps::ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_
           at(y, t, e) = sum + in.D.as<float>()[h] * x;
         }
         for (int64_t n = 0; n < N; ++n) {
-          state[n] = round_state<State>(S[static_cast<size_t>(n)], batch.rounding, e * N + n);
+          state[n] =
+              round_state<State>(S[static_cast<size_t>(n)], batch.state_rounding(), e * N + n);
         }
       }
     }

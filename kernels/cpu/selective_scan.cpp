@@ -188,7 +188,7 @@ void selective_scan_kernel(ThreadPool& pool, const Tensor& y, const ScanInputs& 
         if (slot < 0) continue;
         scan(y, in, ssm_state.as<State>() + slot * d_inner * d_state,
              batch.seq_start.as<int32_t>()[s], batch.seq_start.as<int32_t>()[s + 1], e,
-             std::min(kChannels, d_inner - e), batch.rounding);
+             std::min(kChannels, d_inner - e), batch.state_rounding());
       }
     });
   });

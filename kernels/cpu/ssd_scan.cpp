@@ -145,7 +145,7 @@ void ssd_scan_kernel(ThreadPool& pool, const Tensor& y, const SsdInputs& in,
         if (slot < 0) continue;
         scan_head(y, in, ssm_state.as<State>() + (slot * H + h) * P * N, P, N, h,
                   batch.seq_start.as<int32_t>()[s], batch.seq_start.as<int32_t>()[s + 1],
-                  batch.rounding);
+                  batch.state_rounding());
       }
     });
   });

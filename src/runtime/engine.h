@@ -25,7 +25,7 @@ struct EngineOptions {
   int64_t n_slot = 1;              ///< sequences that can be open at once
   int64_t prefill_chunk = 0;       ///< tokens per prefill step; 0: chosen by the backend
   DType state_dtype = DType::f32;  ///< of the ssm state
-  Rounding state_rounding = Rounding::nearest;  ///< of an ssm state in 16 bits
+  Rounding state_rounding = Rounding::nearest;  ///< of an ssm state in 16 bits, in steps
   bool penalties = true;  ///< keep token counts, so that penalties can be used
   int64_t max_seen_window =
       4096;                 ///< largest repeat_last_n that is honoured; -1 in params means this

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -70,6 +71,30 @@ inline std::pair<Values, Values> expect_near(const RecurrenceShape& c, const Val
   EXPECT_TRUE(close_to(without_rounding(got_y, want_y, got.type), want_y, y_limit));
   EXPECT_TRUE(close_to(without_rounding(got_h, want_h, c.state), want_h, state_limit));
   return {std::move(got_y), std::move(want_y)};
+}
+
+/// A state of 16 bits after a step that rounds stochastically, against the same step in f32: each
+/// element is one of the two neighbours, without bias, and a quarter of them on average is not the
+/// nearer one.
+inline void expect_rounded_stochastically(const Values& got, const Values& exact, DType type) {
+  ASSERT_EQ(got.size(), exact.size());
+  double bias = 0;
+  int64_t n = 0;
+  int64_t farther = 0;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (std::isnan(exact[i])) continue;
+    const double v = exact[i];
+    const int exponent = std::max(std::ilogb(v), type == DType::bf16 ? -126 : -14);
+    const double step = std::ldexp(1.0, exponent - (type == DType::bf16 ? 7 : 10));
+    const double error = (got[i] - v) / step;
+    ASSERT_LE(std::fabs(error), 1.001) << i << ": " << got[i] << " for " << v;
+    bias += error;
+    farther += std::fabs(error) > 0.5 ? 1 : 0;
+    ++n;
+  }
+  ASSERT_GE(n, 20000);
+  EXPECT_NEAR(bias / static_cast<double>(n), 0, 0.02);
+  EXPECT_NEAR(static_cast<double>(farther) / static_cast<double>(n), 0.25, 0.02);
 }
 
 /// One dt, and one decay, for all.

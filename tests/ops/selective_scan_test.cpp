@@ -14,6 +14,7 @@ struct ScanCase {
   DType weights = DType::f32;
   DType state = DType::f32;
   enum class In { separate, y_is_x, y_is_dt } in = In::separate;
+  Rounding rounding = Rounding::nearest;
 };
 
 void PrintTo(const ScanCase& c, std::ostream* os) { *os << c.name; }
@@ -48,7 +49,8 @@ using ScanResult = RecurrenceResult;
 ScanResult run_scan(Backend b, const ScanCase& c, const ScanData& data) {
   Device d(b);
   const DType T = d.op.activation_dtype(c.weights);
-  const Batch batch = d.batch(c.lengths, c.slots);
+  Batch batch = d.batch(c.lengths, c.slots);
+  batch.rounding = c.rounding;
   const Shape wide{batch.n_tok, c.d_inner};
   const Shape narrow{batch.n_tok, c.d_state};
   ScanInputs in;
@@ -183,6 +185,50 @@ TEST_P(SelectiveScan, EqualsDefinition) {
 }
 
 OPS_TEST_BACKENDS(SelectiveScan, ::testing::ValuesIn(scan_cases()));
+
+class ScanRounding : public ::testing::TestWithParam<std::tuple<Backend, ScanCase>> {};
+
+TEST_P(ScanRounding, IsStochasticInSteps) {
+  auto [backend, c] = GetParam();
+  const ScanData data = scan_data(c, c.weights);
+  const ScanResult nearest = run_scan(backend, c, data);
+  c.rounding = Rounding::stochastic;
+  const ScanResult got = run_scan(backend, c, data);
+  EXPECT_TRUE(same_bits(run_scan(backend, c, data).state, got.state));
+  const DType type = c.state;
+  c.state = DType::f32;
+  const auto used = [&](const Values& state) {
+    Values v;
+    for (const int32_t slot : c.slots)
+      append(v, rows(state, slot, slot + 1, c.d_inner * c.d_state));
+    return v;
+  };
+  if (c.lengths.front() == 1) {
+    expect_rounded_stochastically(used(got.state), used(run_scan(backend, c, data).state), type);
+  } else {  // after a prompt: once, to nearest
+    EXPECT_TRUE(same_bits(got.state, nearest.state));
+  }
+}
+
+std::vector<ScanCase> rounding_cases() {
+  std::vector<ScanCase> cases;
+  for (const DType state : {DType::bf16, DType::f16}) {
+    for (const int64_t d_state : {16, 24}) {
+      for (const int32_t length : {1, 3}) {
+        cases.push_back({.name = fmt::format("{}_state{}_L{}", dtype_name(state), d_state, length),
+                         .d_inner = 1536,
+                         .d_state = d_state,
+                         .lengths = {length, length},
+                         .slots = {3, 0},
+                         .weights = DType::bf16,
+                         .state = state});
+      }
+    }
+  }
+  return cases;
+}
+
+OPS_TEST_ALL_BACKENDS(ScanRounding, ::testing::ValuesIn(rounding_cases()));
 
 std::vector<ScanCase> length_cases() {
   std::vector<ScanCase> cases;

@@ -19,6 +19,7 @@ struct SsdCase {
   float dt_min = 0;
   float dt_max = kInf;
   int64_t left = 16;  ///< columns before x in its matrix: 16 bytes and more, or not aligned
+  Rounding rounding = Rounding::nearest;
 };
 
 void PrintTo(const SsdCase& c, std::ostream* os) { *os << c.name; }
@@ -49,7 +50,8 @@ using SsdResult = RecurrenceResult;
 SsdResult run_ssd(Backend b, const SsdCase& c, const SsdData& data) {
   Device d(b);
   const DType T = d.op.activation_dtype(c.weights);
-  const Batch batch = d.batch(c.lengths, c.slots);
+  Batch batch = d.batch(c.lengths, c.slots);
+  batch.rounding = c.rounding;
   const int64_t E = c.n_head * c.head_dim;
   const int64_t GN = c.n_group * c.d_state;
   SsdInputs in;
@@ -186,6 +188,41 @@ TEST_P(Ssd, EqualsDefinition) {
 }
 
 OPS_TEST_BACKENDS(Ssd, ::testing::ValuesIn(ssd_cases()));
+
+class SsdRounding : public ::testing::TestWithParam<std::tuple<Backend, SsdCase>> {};
+
+TEST_P(SsdRounding, IsStochasticInSteps) {
+  auto [backend, c] = GetParam();
+  const SsdData data = ssd_data(c, c.weights);
+  c.rounding = Rounding::stochastic;
+  const SsdResult got = run_ssd(backend, c, data);
+  const DType type = c.state;
+  c.state = DType::f32;
+  const auto used = [&](const Values& state) {
+    const int64_t width = c.n_head * c.head_dim * c.d_state;
+    Values v;
+    for (const int32_t slot : c.slots) append(v, rows(state, slot, slot + 1, width));
+    return v;
+  };
+  expect_rounded_stochastically(used(got.state), used(run_ssd(backend, c, data).state), type);
+}
+
+std::vector<SsdCase> rounding_cases() {
+  std::vector<SsdCase> cases;
+  for (const DType state : {DType::bf16, DType::f16}) {
+    for (const int64_t d_state : {128, 24}) {
+      cases.push_back({.name = fmt::format("{}_state{}", dtype_name(state), d_state),
+                       .d_state = d_state,
+                       .lengths = {1, 1, 1, 1},
+                       .slots = {3, 0, 5, 1},
+                       .weights = DType::bf16,
+                       .state = state});
+    }
+  }
+  return cases;
+}
+
+OPS_TEST_ALL_BACKENDS(SsdRounding, ::testing::ValuesIn(rounding_cases()));
 
 std::vector<SsdCase> length_cases() {
   std::vector<SsdCase> cases;
