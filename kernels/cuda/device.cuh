@@ -13,6 +13,7 @@
 #include "base/dtype.h"
 #include "base/tensor.h"
 #include "kernels/cuda/check.h"
+#include "kernels/state_rounding.h"
 
 namespace krait::cuda {
 
@@ -107,6 +108,14 @@ __device__ __forceinline__ T from_float(float v) {
   } else {
     return __float2bfloat16_rn(v);
   }
+}
+
+/// v on its way to element `element` of a state of type S, rounded stochastically: exact in S.
+template <typename S>
+__device__ __forceinline__ float stochastic(float v, uint32_t element) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) return stochastic_bf16(v, element);
+  if constexpr (std::is_same_v<S, __half>) return stochastic_f16(v, element);
+  return v;
 }
 
 /// 16 bytes of T, loaded or stored by one instruction.

@@ -15,6 +15,7 @@ struct SsdPointers {
   int64_t x_stride, dt_stride, B_stride, C_stride, y_stride;
   int n_head, head_dim, d_state, heads_per_group;
   float dt_min, dt_max;
+  bool stochastic;  ///< the state is rounded so
 
   /// dt of token t (of the step) and head h, after bias, softplus and limits.
   __device__ __forceinline__ float step_size(int64_t t, int h) const {
@@ -48,7 +49,8 @@ SsdPointers<T> ssd_pointers(const Tensor& y, const SsdInputs& in, const Tensor& 
           static_cast<int>(ssm_state.dim(3)),
           n_head / static_cast<int>(in.n_group),
           in.dt_min,
-          in.dt_max};
+          in.dt_max,
+          batch.state_rounding() == Rounding::stochastic};
 }
 
 }  // namespace krait::cuda

@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int i = 0; i < kPer; ++i) {
       const float next = fmaf(decay, to_float(part[u].v[i]), dtx * to_float(B.v[i]));
       sum = fmaf(to_float(C.v[i]), next, sum);
-      part[u].v[i] = from_float<S>(next);
+      const auto element = static_cast<uint32_t>((e0 + u * kTogether) * p.d_state + n0 + i);
+      part[u].v[i] = from_float<S>(p.stochastic ? stochastic<S>(next, element) : next);
     }
     *reinterpret_cast<Vec16<S>*>(state + u * kTogether * p.d_state) = part[u];
 #pragma unroll
@@ -116,7 +117,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int n = lane; n < p.d_state; n += 32) {
     const float next = fmaf(decay, to_float(state[n]), dt * x * to_float(B[n]));
     sum = fmaf(to_float(C[n]), next, sum);
-    state[n] = from_float<S>(next);
+    const auto element = static_cast<uint32_t>(e * p.d_state + n);
+    state[n] = from_float<S>(p.stochastic ? stochastic<S>(next, element) : next);
   }
   sum = warp_sum(sum);
   if (lane == 0) p.y[seq * p.y_stride + e] = from_float<T>(fmaf(p.D[h], x, sum));

@@ -223,7 +223,8 @@ bool ssd_mixer_step(const Tensor& y, const SsdMixer& in, const Tensor& conv_stat
   const int64_t H = ssm_state.dim(1);
   const int64_t P = ssm_state.dim(2);
   const int64_t N = ssm_state.dim(3);
-  if (y.dtype == DType::f32 || batch.max_len != 1 || batch.n_seq > kFewSequences ||
+  if (y.dtype == DType::f32 || batch.max_len != 1 ||
+      batch.state_rounding() == Rounding::stochastic || batch.n_seq > kFewSequences ||
       in.conv.dim(1) != kConv || !aligned16(in.conv) || !aligned16(ssm_state)) {
     return false;
   }

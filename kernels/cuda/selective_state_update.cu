@@ -37,6 +37,7 @@ struct UpdateInputs {
   int64_t d_inner;
   int64_t n_seq;
   int d_state;
+  bool stochastic;  // h is rounded so
   int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
 };
 
@@ -178,6 +179,12 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
         part[s] = fmaf(C[j], state[i], part[s]);
       }
     }
+    if (p.stochastic) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        state[i] = stochastic<S>(state[i], static_cast<uint32_t>(e * kStates + n0 + i));
+      }
+    }
     h[s].pack_from(state);
     if (live) __stcs(reinterpret_cast<uint4*>(at_state[s]), h[s].raw);
   }
@@ -211,7 +218,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int n = lane; n < p.d_state; n += kLanes) {
     const float next = fmaf(exp2_fast(dt * (A[n] * kLog2e)), to_float(h[n]), dx * to_float(B[n]));
     sum = fmaf(to_float(C[n]), next, sum);
-    if (live) h[n] = from_float<S>(next);
+    const float kept =
+        p.stochastic ? stochastic<S>(next, static_cast<uint32_t>(e * p.d_state + n)) : next;
+    if (live) h[n] = from_float<S>(kept);
   }
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
@@ -240,6 +249,7 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                             in.x.dim(1),
                             batch.n_seq,
                             static_cast<int>(in.A.dim(1)),
+                            batch.state_rounding() == Rounding::stochastic,
                             in.x.row_stride,
                             in.dt.row_stride,
                             in.z.row_stride,
