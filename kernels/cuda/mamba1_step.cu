@@ -10,33 +10,50 @@
 // A block owns a run of channels (its rows of in_proj for x and z, their convolution and state),
 // a run of the rows of out_proj, and a run of the vocabulary. Per layer:
 //
-//   1. u = norm(residual); xz = in_proj u, of the own channels; x = silu(conv(x));
-//      the own channels' share of x_proj x is added to a sum over all blocks     | barrier
-//   2. dt = softplus(dt_proj dt_low + bias); state update; y of the own channels | barrier
-//   3. residual += out_proj y, of the own rows                                   | barrier
+//   1. u = norm(residual); x = silu(conv(in_proj_x u)) of the own channels;
+//      the own channels' share of x_proj x goes to a sum over all blocks;
+//      z = in_proj_z u while the shares are on their way                    | dt_low, B, C
+//   2. dt = softplus(dt_proj dt_low + bias); state update; y of the own channels          | y
+//   3. residual += out_proj y, of the own rows                                     | residual
 //
 // and in the end logits = lm_head norm_f(residual).
 //
-// The sum over blocks is taken in 64-bit fixed point (a unit is 2^-40): integer sums don't depend
-// on their order, so a step gives the same bits each time. Values beyond 2^23 would overflow;
-// dt_low, B and C are of order 1 to 100.
+// Exchanges. Nobody raises a flag: what is exchanged says itself whether it is there, so an
+// exchange costs one way to L2 and one successful look. y and the residual are f32 whose last bit
+// is the parity of the layer (y is rounded to the weights' type before, so it loses nothing, the
+// residual half a unit in the last place; its owner keeps it whole). A sum is an integer: a share
+// is its value in fixed point and a count of one in the top byte, added by a relaxed reduction;
+// readers take the difference to the sum of the layer before, until the count is that of the
+// blocks. Integer sums don't depend on their order, so a step gives the same bits each time. Four
+// copies of a sum keep shares from queueing at one address.
+//   Each place is written again one layer later, when everybody has read it: who writes y of layer
+// l + 1 has all shares of its x_proj sum; a block adds its share after all its warps have seen the
+// residual of layer l, which every block publishes after its own warps have read y of layer l. And
+// so round the circle. Two sets of places take turns from step to step: a step zeroes the set of
+// the next. All blocks are resident (cooperative launch), so every wait ends.
 //
-// Products: 16 rows of a weight against 8 columns, one per sequence, on the tensor cores
-// (mma.m16n8k16). For one sequence 7 of 8 columns are wasted, which costs nothing: weights arrive
-// at 23 GB/s per SM. A warp reads 16 bytes of a row at a time, 8 neighbouring weights, and takes
-// them as the k indices that the instruction wants; the activations are read the same way, so the
-// order of k inside a product differs from memory's, the sum doesn't.
+// Products: 8 rows of a weight against 8 columns, one per sequence, on the tensor cores
+// (mma.m16n8k16, the weights in place of B). A warp has the columns (warp + 16 i) * 32 .. + 31 of
+// every matrix, so what it gathers of the residual or y it needs alone: no block-wide barrier
+// between an exchange and the product. The warps' shares are summed through shared memory; there
+// are four block-wide barriers a layer. For less than 8 sequences the next rows' results take the
+// columns that are left.
 //
 // Launch   cooperative, one block per SM: 16 consumer warps and the producer
-// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in Plan::supports
+// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in supports() and lay_out(); else
+//          mamba1_step_wide.cu or the verbs
+// Memory   besides the weights: x_proj transposed, and the channels' small parameters side by side,
+//          100 bytes a channel and layer
+// Errors   what is no number, and shares of a sum beyond 2^15, come out as NaN
 // Bytes    the weights, and state read and written, once
-// Measured H100 80GB HBM3, bf16, f32 state, batch 1, cycles of a layer at 1.9 GHz, 130m / 2.8b
-// (phase
-//          1, 2, 3 with the wait that ends each): 10,300 / 40,000, 5,100 / 6,300, 7,700 / 20,900.
-//          The products of 2.8b run at 2.6 TB/s; 130m is bound by the latency of its 14 block-wide
-//          steps a layer. Tried and dropped: a warp for each stage instead of all (batch 8 3%
-//          faster, batch 1 4% slower), 3 to 12 stages on their way (no difference), several stages
-//          at a time and functions that are not inlined (no faster)
+// Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 130m 4,240, 7,250,
+// 12,880,
+//          19,860; 370m 2,040 and 9,320 (1, 8); 1.4b 858 (1); 2.8b 456 (1), 430 with all of the
+//          ring on its way. The wide form in the same run: 370m 2,750, 4,510, 6,950 (2, 4, 8); 1.4b
+//          768, 2,540 (1, 4); 2.8b 420 (1). An exchange by itself takes 1.0 to 1.1 microseconds,
+//          that of 80 or 192 sums 1.35 (bench_ops --primitives). Tried and dropped: out_proj split
+//          along its columns too, which spares an exchange and adds d_model sums (1.6 to 3.9
+//          microseconds); flags beside the data; parameters requested a layer ahead into registers
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 #include <cstring>
@@ -44,6 +61,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/persistent.cuh"
 #include "kernels/cuda/verbs.h"
 
 namespace krait::cuda {
@@ -51,49 +69,73 @@ namespace {
 
 constexpr int kWarps = 16;  // consumers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 16;      // of a block of rows: the m of the tensor core
-constexpr int kColumns = 512;  // of a stage of the ring
-// 64 bytes of padding put neighbouring rows into different halves of the banks.
-constexpr int kPitch = kColumns * 2 + 64;
-constexpr int kStageBytes = kRows * kPitch;
-constexpr int kMaxStages = 16;
-constexpr int kState = 16;  // d_state
-constexpr int kConv = 4;    // d_conv
-constexpr int kLanes = 8;   // that share a channel in phase 2
-constexpr int kMaxChannels = kThreads / kLanes;
-[[maybe_unused]] constexpr float kFixedOne = 1099511627776.0F;  // 2^40
-// Sums of x_proj are set to zero one layer before they are used, which is late enough to find them
-// in L2 then, and two layers after they were used last.
-constexpr int kSums = 3;
+constexpr int kPieces = 32;           // of the ring on their way or in use at once
+constexpr int kMostPiece = 66 << 10;  // bytes, of a matrix
+// Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
+// others, and the slowest is whom all wait for.
+constexpr int kMostFlying = 45 << 10;
+constexpr int kState = 16;        // d_state
+constexpr int kConv = 4;          // d_conv
+constexpr int kLanes = 8;         // that share a channel in the state update
+constexpr int kMaxChannels = 64;  // of a block
+constexpr int kTiles = kMaxChannels / 16;
+constexpr int kChannelPitch = kMaxChannels + 16;
+constexpr int kCopies = 4;      // of a sum, each of a quarter of the blocks
+constexpr int kHeadPieces = 8;  // of the vocabulary before a sum over the warps
 
-/// Rows whose products are summed over the warps together; then a thread has one output at most.
-constexpr int kPassRows = 64;
-static_assert(kPassRows * 8 <= kThreads && kMaxChannels <= kPassRows);
-
-/// Floats for the warps' shares of a sum.
+/// A piece of a matrix is up to 8 rows, and its product with up to 8 sequences a part of an
+/// accumulator: of kSide pieces one below the other.
 template <int B>
-constexpr int kScratchFloats = std::max(4096, kPassRows* kWarps* B);
+constexpr int kSide = 8 / B;
+template <int B>
+constexpr int kGroups = kMaxChannels / 8 / kSide<B>;
+// The last tile of x_proj may be read beyond its end.
+constexpr int kOverread = 128;
+constexpr int kWarpPitch = 64 + 2;  // of the warps' shares of a sum, in floats
+
+// A share of a sum: 1 in the top byte, the count of shares, and below it the value in units of
+// 2^-25 plus a bias that makes it positive. What lies beyond 2^15 or is no number adds so much that
+// no sum of values reaches it, nor any number of such shares the count.
+constexpr int kMaxBlocks = 180;
+constexpr int kCountBit = 56;
+constexpr unsigned long long kCountOne = 1ULL << kCountBit;
+[[maybe_unused]] constexpr float kFixedOne = 33554432.0F;  // 2^25
+[[maybe_unused]] constexpr float kFixedRange = 32768.0F;   // 2^15
+constexpr unsigned long long kBias = 1ULL << 40;           // kFixedOne * kFixedRange
+constexpr unsigned long long kNoNumber = kMaxBlocks * 2 * kBias + 1;
+static_assert(kMaxBlocks * kNoNumber < kCountOne);
 
 struct StepLayer {
-  const void *in_proj, *x_proj_t, *dt_proj, *out_proj;  // x_proj_t [E, R + 2N]: transposed
-  const float *norm, *in_bias, *conv, *conv_bias, *dt_bias, *A, *D, *out_bias;
+  const void *in_proj, *x_proj_t, *dt_proj, *out_proj;  // x_proj_t [E, proj_pitch]: transposed
+  const float *norm, *out_bias;
   void *conv_state, *ssm_state;
 };
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Two {
-  T a, b;
+/// What a block needs of a layer besides matrices and states, for each of its channels: where it
+/// lies in the block's record, in units of its number of channels.
+enum Param {
+  kConvWeight = 0,
+  kA = kConv,
+  kConvBias = kA + kState,
+  kXBias,
+  kZBias,
+  kDtBias,
+  kD,
+  kParams
 };
 
-/// Where things lie in shared memory, in bytes; pitches in elements.
+/// Where things lie in shared memory, in bytes (norm and windows: from `small` on); pitches in
+/// elements.
 struct Layout {
-  int slots, table, activations, activation_pitch, xz, xz_pitch, residual, residual_pitch, dbc,
-      sums, scale, scratch, ring;
+  int held, slots, table, v, v_pitch, x, dbc, seen, squares, scale, shares, small, small_bytes,
+      windows, norm, ring, ring_bytes;
 };
 
 struct StepParams {
   const StepLayer* layers;
-  int n_layer, d_model, d_inner, dt_rank, n_proj, vocab_rows;  // n_proj = dt_rank + 2 * kState
+  const float* records;  // [n_layer][blocks][kParams, n_channels], each block's 16-byte aligned
+  int record;            // floats
+  int n_layer, d_model, d_inner, dt_rank, n_proj, proj_pitch, vocab_rows;
   const void *embedding, *head;
   const float* norm_f;
   float eps, mixer_eps;
@@ -101,726 +143,776 @@ struct StepParams {
   int n_seq;
   float* logits;
   int64_t logits_stride;
-  float* residual;          // [8, d_model]
-  void* y;                  // T [8, d_inner]
-  unsigned long long* dbc;  // [kSums, 8, n_proj]: layer l has sums l % kSums; the first are zero
-  unsigned* barrier;        // arrivals ever; arrivals at the start of the step
+  // [2 sets][x_proj: u64 [kCopies][8][n_proj], y: f32 [8][d_inner], residual: f32 [8][d_model]]
+  char* exchange;
+  int64_t set_bytes;
+  unsigned* launches;
   DType state_type;
-  int n_stage;
+  int in_rows, out_rows;  // of a piece: 8 or fewer
+  int most_channels;
+  int window_pitch;  // of what the convolution remembers, elements
   Layout at;
-};
-
-/// The run of n things that falls to block `b` of `blocks`.
-struct Run {
-  int begin, n;
-  __host__ __device__ Run(int total, int b, int blocks)
-      : begin(static_cast<int>(static_cast<int64_t>(total) * b / blocks)),
-        n(static_cast<int>(static_cast<int64_t>(total) * (b + 1) / blocks) - begin) {}
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// ---- PTX ----------------------------------------------------------------------------------------
+// ---- sums over all blocks -----------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+__device__ __forceinline__ unsigned long long share_of(float v) {
+  const auto fixed = static_cast<unsigned long long>(__float2ll_rn(v * kFixedOne)) + kBias;
+  return kCountOne + (fabsf(v) < kFixedRange ? fixed : kNoNumber);
 }
-__device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+__device__ __forceinline__ float total_of(unsigned long long word) {
+  const unsigned long long sum = word & (kCountOne - 1);
+  const auto value = static_cast<long long>(sum - gridDim.x * kBias);
+  return sum >= kNoNumber ? __int_as_float(0x7fc00000)
+                          : static_cast<float>(value) * (1.0F / kFixedOne);
 }
-__device__ __forceinline__ void mbarrier_expect(uint32_t bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ bool complete(unsigned long long word) {
+  return static_cast<unsigned>(word >> kCountBit) == gridDim.x;
 }
-__device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+__device__ __forceinline__ void add_share(unsigned long long* to, float v) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(share_of(v)) : "memory");
 }
-__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
+/// The sum of the copies of a sum, `stride` words apart.
+__device__ __forceinline__ unsigned long long poll(const unsigned long long* from, int64_t stride) {
+  static_assert(kCopies == 4);
+  unsigned long long v[4];
   asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(bar),
-      "r"(parity)
+      "ld.relaxed.gpu.global.u64 %0, [%4];\n"
+      "ld.relaxed.gpu.global.u64 %1, [%5];\n"
+      "ld.relaxed.gpu.global.u64 %2, [%6];\n"
+      "ld.relaxed.gpu.global.u64 %3, [%7];\n"
+      : "=&l"(v[0]), "=&l"(v[1]), "=&l"(v[2]), "=&l"(v[3])
+      : "l"(from), "l"(from + stride), "l"(from + 2 * stride), "l"(from + 3 * stride)
       : "memory");
+  return v[0] + v[1] + (v[2] + v[3]);
 }
-/// Weights are used once a step: L2 may drop them first.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t bar,
-                                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(bar), "l"(policy)
-      : "memory");
-}
+
 /// A barrier of the consumers alone.
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-// Parameters that are wanted after a barrier are requested before it: volatile keeps them there.
-__device__ __forceinline__ float4 request4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p));
-  return v;
-}
-__device__ __forceinline__ float2 request2(const float* p) {
-  float2 v;
-  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ float request(const float* p) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
-  return v;
-}
-
 // ---- the ring -----------------------------------------------------------------------------------
 
-/// A place in the ring: the producer and each consumer walk through the same sequence of stages.
+/// Pieces of any size one after the other in a circle of shared memory; a piece that would cross
+/// the end starts at the beginning. The producer and every consumer warp walk through the same
+/// sequence.
 struct Ring {
   char* base;
-  uint32_t full, empty;  // shared addresses of [n_stage] barriers each
-  int n_stage;
-  int stage = 0;
+  uint32_t full, empty;  // shared addresses of [kPieces] barriers each
+  int capacity;
+  int at = 0;
+  int piece = 0;  // of kPieces
   uint32_t parity = 0;
 
-  __device__ const char* data() const { return base + stage * kStageBytes; }
-  __device__ void wait_full() const { mbarrier_wait(full + 8 * stage, parity); }
-  __device__ void wait_empty() const { mbarrier_wait(empty + 8 * stage, parity ^ 1); }
-  /// A consumer warp is done with the stage. Every warp must see every stage: else it could be a
-  /// whole round ahead or behind and take one filling of a stage for another.
-  __device__ void release() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * stage);
-    advance();
-  }
-  __device__ void advance() {
-    if (++stage == n_stage) {
-      stage = 0;
+  /// Where a piece of so many bytes lies.
+  __device__ int place(int bytes) const { return at + bytes <= capacity ? at : 0; }
+  __device__ void advance(int place, int bytes) {
+    at = place + bytes;
+    if (++piece == kPieces) {
+      piece = 0;
       parity ^= 1;
     }
   }
+  __device__ const char* wait(int bytes) const {
+    mbarrier_wait(full + 8 * piece, parity);
+    return base + place(bytes);
+  }
+  /// Every warp must release every piece.
+  __device__ void release(int bytes) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * piece);
+    advance(place(bytes), bytes);
+  }
 };
 
-/// The states of this many sequences share a stage.
-__device__ __forceinline__ int blocks_per_stage(int bytes) {
-  return bytes > 0 ? kStageBytes / bytes : 32;
+/// 16 bytes more than a row put eight rows into different banks.
+__device__ __forceinline__ int piece_bytes(int rows, int columns) {
+  return rows * (2 * columns + 16);
 }
-
-/// Fills the ring, in the order in which the consumers walk through it. A warp.
-struct Producer {
-  Ring ring;
-  uint64_t policy;
-
-  /// n_rows of a matrix with n_columns, 16 rows and 512 columns at a time.
-  template <typename RowAt>
-  __device__ void rows(int n_rows, int n_columns, RowAt row_at) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    for (int first = 0; first < n_rows; first += kRows) {
-      const int n = min(kRows, n_rows - first);
-      for (int k = 0; k < n_columns; k += kColumns) {
-        const int bytes = 2 * min(kColumns, n_columns - k);
-        ring.wait_empty();
-        const uint32_t bar = ring.full + 8 * ring.stage;
-        if (lane == 0) mbarrier_expect(bar, n * bytes);
-        __syncwarp();
-        if (lane < n) {
-          bulk_copy(shared_address(ring.data() + lane * kPitch), row_at(first + lane) + 2 * k,
-                    bytes, bar, policy);
-        }
-        ring.advance();
-      }
-    }
-  }
-
-  /// n_rows contiguous rows of row_bytes each, as many to a stage as fit.
-  __device__ void slices(const char* from, int n_rows, int row_bytes) {
-    const int per_stage = kStageBytes / row_bytes;
-    for (int row = 0; row < n_rows; row += per_stage) {
-      const int bytes = min(per_stage, n_rows - row) * row_bytes;
-      ring.wait_empty();
-      const uint32_t bar = ring.full + 8 * ring.stage;
-      if (threadIdx.x % 32 == 0) {
-        mbarrier_expect(bar, bytes);
-        bulk_copy(shared_address(ring.data()), from + static_cast<int64_t>(row) * row_bytes, bytes,
-                  bar, policy);
-      }
-      ring.advance();
-    }
-  }
-
-  /// n blocks of `bytes` each, as many to a stage as fit; a lane knows where its own lies, null:
-  /// there is none, and its place is left as it is.
-  __device__ void blocks(const char* own, int n, int bytes) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int per_stage = blocks_per_stage(bytes);
-    for (int first = 0; first < n; first += per_stage) {
-      const bool mine =
-          lane >= first && lane < min(n, first + per_stage) && own != nullptr && bytes > 0;
-      const int copies = __popc(__ballot_sync(0xffffffffU, mine));
-      ring.wait_empty();
-      const uint32_t bar = ring.full + 8 * ring.stage;
-      if (lane == 0) mbarrier_expect(bar, copies * bytes);
-      __syncwarp();
-      if (mine) {
-        bulk_copy(shared_address(ring.data() + (lane - first) * bytes), own, bytes, bar, policy);
-      }
-      ring.advance();
-    }
-  }
-};
 
 /// What every thread of a block knows.
 template <typename T, int B>
 struct Block {
   const StepParams& p;
   Run channels, rows, words;  // of d_inner, d_model, the vocabulary
-  const StepLayer* layers;    // in shared memory
-  T* activations;             // [B][activation_pitch]: the input of the product at hand
-  float* xz;                  // [B][xz_pitch]: x, then z, of the own channels
-  float* residual;            // [B][residual_pitch]: the own rows
-  float* dbc;                 // [B][n_proj]: dt_low, B, C
-  float* sums;                // [B][kWarps]
-  float* scale;               // [B] of the last norm, [B] what is left to multiply by
-  float* scratch;             // [kScratchFloats]
-  const int* slot;            // [B], -1: no such sequence
+  const StepLayer* layers;
+  T* v;                      // [B][v_pitch] permuted: u or y. A warp touches its own columns only
+  T* x;                      // [B][kChannelPitch] permuted
+  float* dbc;                // [B][n_proj]
+  unsigned long long* seen;  // [B][n_proj]
+  float* squares;            // [B][kWarps]
+  float* scale;              // [2][B] of the norms of this layer's predecessor and its own, in turn
+  float* left;               // [B] what products with v are still to be multiplied by
+  float* shares;             // [2][groups][kWarps][kWarpPitch]
+  const char* small;         // [2][small_bytes]: record, norm, windows of two layers in turn
+  uint32_t small_full, small_empty;
+  const int* slot;
+  unsigned live;  // bit n: there is a sequence n
+};
+
+/// Place of element e among 16: what a lane needs of a column of B lies together.
+__device__ __forceinline__ int permuted(int e) {
+  return (e & ~15) + (e & 7) / 2 * 4 + (e & 8) / 4 + (e & 1);
+}
+
+/// Fills the ring, in the order in which the consumers walk through it. A warp.
+struct Producer {
+  Ring ring;
+  uint64_t policy;
+  int* held;     // [kPieces]
+  int used = 0;  // bytes of the ring
+  int oldest = 0;
+  int n_held = 0;
+  uint32_t oldest_parity = 0;
+  int flying = 0;  // bytes on their way
+  int n_flying = 0;
+  int next_to_land = 0;
+  uint32_t next_parity = 0;
+
+  /// Makes room; announces the bytes that will come.
+  __device__ uint32_t begin(int bytes, int expected) {
+    const int to = ring.place(bytes);
+    const int need = bytes + (to == ring.at ? 0 : ring.capacity - ring.at);
+    while (used + need > ring.capacity || n_held == kPieces) {
+      mbarrier_wait(ring.empty + 8 * oldest, oldest_parity);
+      used -= held[oldest];
+      --n_held;
+      if (++oldest == kPieces) {
+        oldest = 0;
+        oldest_parity ^= 1;
+      }
+    }
+    while (n_flying == kPieces || (n_flying > 0 && flying + need > kMostFlying)) {
+      mbarrier_wait(ring.full + 8 * next_to_land, next_parity);
+      flying -= held[next_to_land];
+      --n_flying;
+      if (++next_to_land == kPieces) {
+        next_to_land = 0;
+        next_parity ^= 1;
+      }
+    }
+    flying += need;
+    ++n_flying;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      held[ring.piece] = need;
+      mbarrier_expect(ring.full + 8 * ring.piece, expected);
+    }
+    __syncwarp();
+    used += need;
+    ++n_held;
+    return shared_address(ring.base + to);
+  }
+  __device__ void copy(uint32_t to, const void* from, int bytes) const {
+    bulk_copy(to, from, bytes, ring.full + 8 * ring.piece, policy);
+  }
+  __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
+
+  /// n rows of a matrix with n_columns, so many at a time.
+  __device__ void rows(const char* from, int n, int n_columns, int at_once) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int64_t row_bytes = int64_t{2} * n_columns;
+    for (int r = 0; r < n; r += at_once) {
+      const int here = min(at_once, n - r);
+      const int bytes = piece_bytes(here, n_columns);
+      const uint32_t to = begin(bytes, here * 2 * n_columns);
+      if (lane < here) {
+        copy(to + lane * (2 * n_columns + 16), from + (r + lane) * row_bytes, 2 * n_columns);
+      }
+      end(bytes);
+    }
+  }
 };
 
 template <typename T, int B>
 __device__ void produce(const Block<T, B>& b, Ring ring) {
   const StepParams& p = b.p;
-  Producer out{ring, evict_first_policy()};
+  Producer out{ring, evict_first_policy(),
+               reinterpret_cast<int*>(ring.base - p.at.ring + p.at.held)};
   const int64_t D = p.d_model;
   const int64_t E = p.d_inner;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int n = b.channels.n;
+  const int64_t first = b.channels.begin;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
-  for (int l = 0; l < p.n_layer; ++l) {
+  const int slot = lane < B ? b.slot[lane] : -1;
+  const auto at = [](const void* base, int64_t element) {
+    return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
+  };
+  // A run of 16-bit values with the 16-byte lines it lies in.
+  const int skew = static_cast<int>(first * 2 % 16);
+  const int line_bytes = (skew + n * 2 + 15) / 16 * 16;
+  for (int l = 0; l <= p.n_layer; ++l) {
+    const uint32_t full = b.small_full + 8 * (l % 2);
+    mbarrier_wait(b.small_empty + 8 * (l % 2), static_cast<uint32_t>(l / 2 + 1) % 2);
+    const uint32_t small = shared_address(b.small) + l % 2 * p.at.small_bytes;
+    const bool layer = l < p.n_layer;
+    const int record = layer ? (n * kParams * 4 + 15) / 16 * 16 : 0;
+    const int lines = layer && n > 0 ? __popc(b.live) * (kConv - 1) * line_bytes : 0;
+    if (lane == 0) mbarrier_expect(full, record + p.d_model * 4 + lines);
+    __syncwarp();
+    if (lane == 0) {
+      if (record > 0) {
+        bulk_copy(small, p.records + (static_cast<int64_t>(l) * gridDim.x + blockIdx.x) * p.record,
+                  record, full, out.policy);
+      }
+      bulk_copy(small + p.at.norm, layer ? b.layers[l].norm : p.norm_f, p.d_model * 4, full,
+                out.policy);
+    }
+    if (lines > 0 && slot >= 0) {
+      for (int j = 0; j < kConv - 1; ++j) {
+        bulk_copy(
+            small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
+            at(b.layers[l].conv_state, (static_cast<int64_t>(slot) * (kConv - 1) + j) * E + first) -
+                skew,
+            line_bytes, full, out.policy);
+      }
+    }
+    if (!layer) break;
     const StepLayer& w = b.layers[l];
-    const auto at = [](const void* base, int64_t element) {
-      return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
-    };
-    out.rows(2 * b.channels.n, p.d_model, [&](int i) {
-      const bool is_x = i < b.channels.n;
-      return at(w.in_proj, (b.channels.begin + (is_x ? i : E + i - b.channels.n)) * D);
-    });
-    out.slices(at(w.x_proj_t, static_cast<int64_t>(b.channels.begin) * p.n_proj), b.channels.n,
-               p.n_proj * 2);
-    out.slices(at(w.dt_proj, static_cast<int64_t>(b.channels.begin) * p.dt_rank), b.channels.n,
-               p.dt_rank * 2);
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int slot = lane < B ? b.slot[lane] : -1;
-    out.blocks(slot < 0 ? nullptr
-                        : static_cast<const char*>(w.ssm_state) +
-                              (slot * E + b.channels.begin) * state_row,
-               B, b.channels.n * state_row);
-    out.rows(b.rows.n, p.d_inner, [&](int i) { return at(w.out_proj, (b.rows.begin + i) * E); });
+    if (n > 0) {
+      out.rows(at(w.in_proj, first * D), n, p.d_model, p.in_rows);
+      const int x_bytes = n * p.proj_pitch * 2;
+      uint32_t to = out.begin(x_bytes, x_bytes);
+      if (lane == 0) out.copy(to, at(w.x_proj_t, first * p.proj_pitch), x_bytes);
+      out.end(x_bytes);
+      out.rows(at(w.in_proj, (E + first) * D), n, p.d_model, p.in_rows);
+      const int dt_bytes = n * p.dt_rank * 2;
+      const int bytes = dt_bytes + B * n * state_row;
+      to = out.begin(bytes, dt_bytes + __popc(b.live) * n * state_row);
+      if (lane == 0) out.copy(to, at(w.dt_proj, first * p.dt_rank), dt_bytes);
+      if (slot >= 0) {
+        out.copy(to + dt_bytes + lane * n * state_row,
+                 static_cast<const char*>(w.ssm_state) + (slot * E + first) * state_row,
+                 n * state_row);
+      }
+      out.end(bytes);
+    }
+    if (b.rows.n > 0) {
+      out.rows(at(w.out_proj, b.rows.begin * E), b.rows.n, p.d_inner, p.out_rows);
+    }
   }
-  out.rows(b.words.n, p.d_model, [&](int i) {
-    return static_cast<const char*>(p.head) +
-           (b.words.begin + i) * D * static_cast<int64_t>(sizeof(T));
-  });
+  const int head_rows = kHeadPieces * p.in_rows;
+#pragma unroll 1
+  for (int row = 0; row < b.words.n; row += head_rows) {
+    out.rows(at(p.head, (b.words.begin + row) * D), min(head_rows, b.words.n - row), p.d_model,
+             p.in_rows);
+  }
 }
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-/// All blocks have arrived, and what they wrote before is visible. arrive() and wait() are called
-/// by all consumers; between them a thread may request what it will need and nobody writes.
-struct GridBarrier {
-  unsigned* arrivals;
-  unsigned target;
-
-  __device__ void arrive() {
-    consumers_sync();
-    if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
-    }
-    target += gridDim.x;
-  }
-  __device__ void wait() const {
-    if (threadIdx.x == 0) {
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
-      } while (static_cast<int>(seen - target) < 0);
-    }
-    consumers_sync();
-  }
-};
-
-/// store(row, n, value) for value = row `row` of the matrix in the ring times activations[n], for
-/// all rows and the sequences that exist; a thread stores one value per pass, rows ascending with
-/// the thread. The activations are in shared memory and everybody knows.
-template <typename T, int B, typename Store>
-__device__ __forceinline__ void product(const Block<T, B>& b, Ring& ring, int n_rows, int n_columns,
-                                        Store store) {
+/// acc = n rows of the matrix in the ring times v, the own columns of the warp: of piece u, row
+/// 2 quarter + i of sequence g % B in acc[u / kSide][i] of the lanes with g / B = u % kSide.
+template <typename T, int B>
+__device__ __forceinline__ void product(const Block<T, B>& b, Ring& ring, int n, int n_columns,
+                                        int at_once, float (&acc)[kGroups<B>][4]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const int group = lane / 4;    // row of A, column of B
-  const int quarter = lane % 4;  // of 32 columns
-  const T* in = b.activations + group * b.p.at.activation_pitch + quarter * 8;
-
-  for (int base = 0; base < n_rows; base += kPassRows) {
-    const int here = min(kPassRows, n_rows - base);
+  const int group = lane / 4;
+  const int pitch = 2 * n_columns + 16;
+  const int steps = (n_columns / 32 - warp + kWarps - 1) / kWarps;
+  // 32 columns at a time, from a column of 32 * warp.
+  const char* v =
+      reinterpret_cast<const char*>(b.v + group % B * b.p.at.v_pitch) + warp * 64 + lane % 4 * 16;
+#pragma unroll
+  for (int g = 0; g < kGroups<B>; ++g) {
 #pragma unroll 1
-    for (int block = 0; block * kRows < here; ++block) {
-      float acc[4] = {};
-      for (int k = 0; k < n_columns; k += kColumns) {
-        const int steps = min(kColumns, n_columns - k) / 32;
-        ring.wait_full();
-        const char* row = ring.data() + group * kPitch + quarter * 16;
-        for (int s = warp; s < steps; s += kWarps) {
-          const uint4 upper = *reinterpret_cast<const uint4*>(row + s * 64);
-          const uint4 lower = *reinterpret_cast<const uint4*>(row + 8 * kPitch + s * 64);
-          const uint4 x =
-              group < B ? *reinterpret_cast<const uint4*>(in + k + s * 32) : uint4{0, 0, 0, 0};
-          multiply_add<T>(acc, {upper.x, lower.x, upper.y, lower.y}, x.x, x.y);
-          multiply_add<T>(acc, {upper.z, lower.z, upper.w, lower.w}, x.z, x.w);
-        }
-        ring.release();
+    for (int side = 0; side < kSide<B>; ++side) {
+      const int here = min(at_once, n - (g * kSide<B> + side) * at_once);
+      if (here <= 0) break;
+      const int bytes = here * pitch;
+      const char* a =
+          ring.wait(bytes) + min(lane % 8, here - 1) * pitch + lane / 8 * 16 + warp * 64;
+      const bool mine = B == 8 || group / B == side;
+#pragma unroll 4
+      for (int i = 0; i < steps; ++i) {
+        uint4 x{0, 0, 0, 0};
+        if (mine) x = *reinterpret_cast<const uint4*>(v + i * (kWarps * 64));
+        uint32_t w[4];
+        load_matrices(w, a + i * (kWarps * 64));
+        multiply_add<T>(acc[g], {x.x, 0, x.y, 0}, w[0], w[1]);
+        multiply_add<T>(acc[g], {x.z, 0, x.w, 0}, w[2], w[3]);
       }
-      // The warps' shares are summed through scratch[block][warp][row][n].
-      float* to = b.scratch + (block * kWarps + warp) * kRows * B;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = 2 * quarter + i % 2;
-        if (n < B) to[(group + i / 2 * 8) * B + n] = acc[i];
-      }
+      ring.release(bytes);
     }
-    consumers_sync();
-    const int row = static_cast<int>(threadIdx.x) / B;
-    const int n = static_cast<int>(threadIdx.x) % B;
-    if (row < here && b.slot[n] >= 0) {
-      const float* from = b.scratch + (row / kRows * kWarps * kRows + row % kRows) * B + n;
-      float sum = 0.0F;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += from[i * kRows * B];
-      store(base + row, n, sum);
-    }
-    if (base + kPassRows < n_rows) consumers_sync();  // before scratch is written again
   }
 }
 
-/// The norm's weights of a thread: quads threadIdx.x and threadIdx.x + kThreads of a row.
-struct NormWeights {
-  float4 quad[2];
-  __device__ void load(const float* weight, int d_model) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (4 * q < d_model) quad[i] = request4(weight + 4 * q);
-    }
-  }
-};
-
-/// activations[n] = residual of sequence n times the norm's weights, and in b.scale[B + n] what the
-/// product with them is still to be multiplied by to make it that of rms_norm: so nobody waits for
-/// the mean before the rows are in place. To keep within f16 they are multiplied by the scale of
-/// the norm before this one (b.scale[n], at first 1). value(n, q) reads quad q of a row.
-template <typename T, int B, typename Value>
-__device__ __forceinline__ void normalise(const Block<T, B>& b, const NormWeights& weight,
-                                          Value value) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  constexpr int kAtOnce = B < 4 ? B : 4;
-#pragma unroll
-  for (int first = 0; first < B; first += kAtOnce) {
-    float4 v[kAtOnce][2];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-        v[n][i] =
-            4 * q < b.p.d_model ? value(min(first + n, b.p.n_seq - 1), q) : float4{0, 0, 0, 0};
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const float f = b.scale[first + n];
-      float sum = 0.0F;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-        if (4 * q >= b.p.d_model) break;
-        const float4 x = v[n][i];
-        const float4 w = weight.quad[i];
-        sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-        *reinterpret_cast<Quad<T>*>(b.activations + (first + n) * b.p.at.activation_pitch +
-                                    4 * q) = {
-            from_float<T>(x.x * f * w.x), from_float<T>(x.y * f * w.y),
-            from_float<T>(x.z * f * w.z), from_float<T>(x.w * f * w.w)};
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) b.sums[(first + n) * kWarps + warp] = sum;
-    }
-  }
-  consumers_sync();
-  if (warp < B) {
-    const float sum = warp_sum(lane < kWarps ? b.sums[warp * kWarps + lane] : 0.0F);
-    if (lane == 0) {
-      const float scale = rsqrtf(sum / static_cast<float>(b.p.d_model) + b.p.eps);
-      b.scale[B + warp] = scale / b.scale[warp];
-      b.scale[warp] = scale;
-    }
-  }
-  // product() has a barrier before its results, so before the scale is needed.
-}
-
-/// What a thread needs for the convolution of the one value that product() hands it.
-template <typename T>
-struct ConvInputs {
-  float4 weight;
-  float bias;
-  T window[kConv - 1];  // the inputs before this one, oldest first
-
-  template <int B>
-  __device__ void load(const Block<T, B>& b, const StepLayer& w) {
-    const int row = static_cast<int>(threadIdx.x) / B;
-    const int slot = b.slot[static_cast<int>(threadIdx.x) % B];
-    if (row >= b.channels.n || slot < 0) return;
-    const int64_t e = b.channels.begin + row;
-    weight = request4(w.conv + e * kConv);
-    bias = w.conv_bias != nullptr ? request(w.conv_bias + e) : 0.0F;
-    const T* state = static_cast<const T*>(w.conv_state) +
-                     static_cast<int64_t>(slot) * (kConv - 1) * b.p.d_inner + e;
-#pragma unroll
-    for (int j = 0; j < kConv - 1; ++j) window[j] = __ldcg(state + j * b.p.d_inner);
-  }
-};
-
-/// The share of the own channels in x_proj x, added to the sum over all blocks.
+/// Adds the share of the own channels in x_proj x to the sums over all blocks.
 template <typename T, int B>
 __device__ __forceinline__ void add_x_proj(const Block<T, B>& b, Ring& ring,
-                                           unsigned long long* dbc) {
+                                           unsigned long long* sums) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int group = lane / 4;
+  const int quarter = lane % 4;
+  const int n = b.channels.n;
   const int J = b.p.n_proj;
-  const int pairs = J / 2;
-  const int tid = static_cast<int>(threadIdx.x);
-  // `split` threads share the channels of a pair of outputs.
-  const int split = min(kThreads / pairs, kScratchFloats<B> / (B * J));
-  const int j = tid % pairs * 2;
-  const int part = tid / pairs;
-  float acc[B][2] = {};
-  const int per_stage = kStageBytes / (J * 2);
-  for (int first = 0; first < b.channels.n; first += per_stage) {
-    const int here = min(per_stage, b.channels.n - first);
-    ring.wait_full();
-    const T* w = reinterpret_cast<const T*>(ring.data()) + j;
-    if (part < split) {
-#pragma unroll 4
-      for (int c = part; c < here; c += split) {
-        const auto two = *reinterpret_cast<const Two<T>*>(w + c * J);
-        const float w0 = to_float(two.a);
-        const float w1 = to_float(two.b);
+  const int pitch = b.p.proj_pitch * 2;
+  const int bytes = n * pitch;
+  const char* piece = n > 0 ? ring.wait(bytes) : nullptr;
+#pragma unroll 1
+  for (int t = warp; t * 16 < J; t += kWarps) {
+    float acc[4] = {};
 #pragma unroll
-        for (int n = 0; n < B; ++n) {
-          const float x = b.xz[n * b.p.at.xz_pitch + first + c];
-          acc[n][0] = fmaf(w0, x, acc[n][0]);
-          acc[n][1] = fmaf(w1, x, acc[n][1]);
+    for (int k = 0; k < kTiles; ++k) {
+      if (k * 16 >= n) break;
+      const uint2 column =
+          *reinterpret_cast<const uint2*>(b.x + group % B * kChannelPitch + k * 16 + quarter * 4);
+      uint32_t a[4];
+      load_transposed(a, piece + min(k * 16 + lane % 8 + lane / 16 * 8, n - 1) * pitch + t * 32 +
+                             lane / 8 % 2 * 16);
+      multiply_add<T>(acc, a, group < B ? column.x : 0, group < B ? column.y : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int seq = 2 * quarter + i % 2;
+      const int out = t * 16 + group + i / 2 * 8;
+      if (seq < B && out < J && (b.live >> seq & 1) != 0) add_share(sums + seq * J + out, acc[i]);
+    }
+  }
+  if (n > 0) ring.release(bytes);
+}
+
+/// A value that everybody waits for: its last bit says which of two uses of the place it is from.
+__device__ __forceinline__ void publish(float* to, float v, unsigned parity) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to),
+               "r"((__float_as_uint(v) & ~1U) | parity)
+               : "memory");
+}
+
+/// What is wanted of four places. One statement: else the compiler looks at each word before it
+/// asks for the next.
+__device__ __forceinline__ void load4(uint4 (&v)[4], const float* at, int64_t stride,
+                                      const bool (&wanted)[4]) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p0, p1, p2, p3;\n"
+      "setp.ne.u32 p0, %20, 0;\n"
+      "setp.ne.u32 p1, %21, 0;\n"
+      "setp.ne.u32 p2, %22, 0;\n"
+      "setp.ne.u32 p3, %23, 0;\n"
+      "@p0 ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%16];\n"
+      "@p1 ld.relaxed.gpu.global.v4.u32 {%4, %5, %6, %7}, [%17];\n"
+      "@p2 ld.relaxed.gpu.global.v4.u32 {%8, %9, %10, %11}, [%18];\n"
+      "@p3 ld.relaxed.gpu.global.v4.u32 {%12, %13, %14, %15}, [%19];\n"
+      "}\n"
+      : "+r"(v[0].x), "+r"(v[0].y), "+r"(v[0].z), "+r"(v[0].w), "+r"(v[1].x), "+r"(v[1].y),
+        "+r"(v[1].z), "+r"(v[1].w), "+r"(v[2].x), "+r"(v[2].y), "+r"(v[2].z), "+r"(v[2].w),
+        "+r"(v[3].x), "+r"(v[3].y), "+r"(v[3].z), "+r"(v[3].w)
+      : "l"(at), "l"(at + stride), "l"(at + 2 * stride), "l"(at + 3 * stride),
+        "r"(static_cast<unsigned>(wanted[0])), "r"(static_cast<unsigned>(wanted[1])),
+        "r"(static_cast<unsigned>(wanted[2])), "r"(static_cast<unsigned>(wanted[3]))
+      : "memory");
+}
+
+/// use(seq, d, values) for the own columns of a warp, four at a time, of all sequences, as soon as
+/// they are published. Four loads are on their way: of several rounds of 4 * kWarps * 32 columns
+/// for one sequence, else of several sequences.
+template <typename T, int B, typename Use>
+__device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, int length,
+                                       unsigned parity, Use use) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  constexpr int kStride = 4 * kWarps * 32;
+  const int first_column = (warp + kWarps * (lane / 8)) * 32 + lane % 8 * 4;
+  const auto values = [](const uint4& v) {
+    return float4{__uint_as_float(v.x & ~1U), __uint_as_float(v.y & ~1U),
+                  __uint_as_float(v.z & ~1U), __uint_as_float(v.w & ~1U)};
+  };
+  if (B == 1 && length <= kStride) {
+    const bool wanted = first_column < length;
+    uint4 v{parity, parity, parity, parity};
+    do {
+      if (wanted) {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(from + first_column)
+                     : "memory");
+      }
+    } while (
+        __any_sync(0xffffffffU,
+                   (((v.x & v.y & v.z & v.w) ^ parity) | ((v.x | v.y | v.z | v.w) ^ parity)) & 1));
+    if (wanted) use(0, first_column, values(v));
+    __syncwarp();
+    return;
+  }
+#pragma unroll 1
+  for (int seq0 = 0; seq0 < B; seq0 += 4) {
+#pragma unroll 1
+    for (int base = warp * 32; base < length; base += B == 1 ? 4 * kStride : kStride) {
+      const int column = base + first_column - warp * 32;
+      uint4 word[4];
+      bool wanted[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wanted[j] = B == 1 ? column + j * kStride < length
+                           : column < length && (b.live >> (seq0 + j) & 1) != 0;
+        word[j] = uint4{parity, parity, parity, parity};
+      }
+      unsigned all, any;
+      do {
+        load4(word, from + static_cast<int64_t>(seq0) * length + column, B == 1 ? kStride : length,
+              wanted);
+        all = ~0U;
+        any = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint4 v = word[j];
+          all &= v.x & v.y & v.z & v.w;
+          any |= v.x | v.y | v.z | v.w;
+        }
+      } while (__any_sync(0xffffffffU, ((all ^ parity) | (any ^ parity)) & 1));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (wanted[j]) {
+          use(B == 1 ? 0 : seq0 + j, B == 1 ? column + j * kStride : column, values(word[j]));
         }
       }
     }
-    ring.release();
   }
-  if (part < split) {
-#pragma unroll
-    for (int n = 0; n < B; ++n) {
-      *reinterpret_cast<float2*>(b.scratch + (part * B + n) * J + j) = {acc[n][0], acc[n][1]};
-    }
-  }
-  consumers_sync();
-  for (int i = tid; i < B * J; i += kThreads) {
-    if (b.slot[i / J] < 0) continue;
-    float sum = 0.0F;
-    for (int s = 0; s < split; ++s) sum += b.scratch[s * B * J + i];
-    atomicAdd(dbc + i, static_cast<unsigned long long>(__float2ll_rn(sum * kFixedOne)));
-  }
+  __syncwarp();
 }
 
-/// dbc in shared memory from the sums over all blocks.
 template <typename T, int B>
-__device__ __forceinline__ void read_dbc(const Block<T, B>& b, const unsigned long long* dbc) {
+__device__ __forceinline__ const T* embedding(const Block<T, B>& b, int seq, int d) {
+  return static_cast<const T*>(b.p.embedding) + static_cast<int64_t>(b.p.ids[seq]) * b.p.d_model +
+         d;
+}
+
+/// Four columns of u or y where product() looks for them.
+template <typename T, int B>
+__device__ __forceinline__ void store4(const Block<T, B>& b, int seq, int d, float4 f) {
+  T* to = b.v + seq * b.p.at.v_pitch + (d & ~31) + (d & 4) * 4 + (d & 16) / 4 + (d & 8) / 4;
+  *reinterpret_cast<Two<T>*>(to) = {from_float<T>(f.x), from_float<T>(f.y)};
+  *reinterpret_cast<Two<T>*>(to + 8) = {from_float<T>(f.z), from_float<T>(f.w)};
+}
+
+/// v = residual before layer l times the norm's weights, and the squares of the residual, of the
+/// warp's own columns. What products with v are still to be multiplied by to make them those of
+/// rms_norm follows from all squares, later: so nobody waits for the mean. To keep within f16, v is
+/// multiplied by the scale of the norm before this one, at first 1.
+template <typename T, int B>
+__device__ __forceinline__ void normalise(const Block<T, B>& b, const char* small, int l,
+                                          const float* all_r) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int D = b.p.d_model;
+  const float* weights = reinterpret_cast<const float*>(small + b.p.at.norm);
+  const float* scale = b.scale + l % 2 * B;
+  float squares[B] = {};
+  const auto use = [&](int seq, int d, float4 r) {
+    const float4 w = *reinterpret_cast<const float4*>(weights + d);
+    const float f = scale[seq];
+    store4(b, seq, d, {r.x * f * w.x, r.y * f * w.y, r.z * f * w.z, r.w * f * w.w});
+    const float sum = r.x * r.x + r.y * r.y + (r.z * r.z + r.w * r.w);
+#pragma unroll
+    for (int s = 0; s < B; ++s) squares[s] += s == seq ? sum : 0.0F;
+  };
+  if (l > 0) {
+    gather(b, all_r, D, static_cast<unsigned>(l) % 2, use);
+  } else {
+    for (int seq = 0; seq < B; ++seq) {
+      if ((b.live >> seq & 1) == 0) continue;
+      for (int d = (warp + kWarps * (lane / 8)) * 32 + lane % 8 * 4; d < D; d += 128 * kWarps) {
+        const auto e = *reinterpret_cast<const Quad<T>*>(embedding(b, seq, d));
+        use(seq, d, {to_float(e.v[0]), to_float(e.v[1]), to_float(e.v[2]), to_float(e.v[3])});
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < B; ++s) {
+    const float sum = warp_sum(squares[s]);
+    if (lane == 0) b.squares[s * kWarps + warp] = sum;
+  }
+  __syncwarp();
+}
+
+/// 1 / the root of the mean square of the residual.
+template <typename T, int B>
+__device__ __forceinline__ float norm_scale(const Block<T, B>& b, int seq) {
+  float sum = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kWarps; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(b.squares + seq * kWarps + i);
+    sum += v.x + v.y + (v.z + v.w);
+  }
+  return rsqrtf(sum / static_cast<float>(b.p.d_model) + b.p.eps);
+}
+
+/// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares:
+/// value i of lane j to place 2 j + i, which thread 2 j + i sums up.
+template <typename T, int B>
+__device__ __forceinline__ void multiply(const Block<T, B>& b, Ring& ring, int n, int n_columns,
+                                         int at_once, float* shares) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  float acc[kGroups<B>][4] = {};
+  product(b, ring, n, n_columns, at_once, acc);
+#pragma unroll
+  for (int g = 0; g < kGroups<B>; ++g) {
+    if (g * kSide<B> * at_once >= n) break;
+    *reinterpret_cast<float2*>(shares + (g * kWarps + warp) * kWarpPitch + lane * 2) =
+        float2{acc[g][0], acc[g][1]};
+  }
+}
+__device__ __forceinline__ float summed(const float* shares) {
+  const int tid = static_cast<int>(threadIdx.x);
+  const float* from = shares + tid / 64 * kWarps * kWarpPitch + tid % 64;
+  float v[4] = {};
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) v[i % 4] += from[i * kWarpPitch];
+  return v[0] + v[1] + (v[2] + v[3]);
+}
+
+/// x = silu(conv(v)) of a channel and a sequence; what the convolution remembers moves on.
+template <typename T, int B>
+__device__ __forceinline__ void convolve(const Block<T, B>& b, const StepLayer& w,
+                                         const char* small, int channel, int seq, float v) {
+  const StepParams& p = b.p;
+  const int n = b.channels.n;
+  const float* record = reinterpret_cast<const float*>(small);
+  const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
+                  seq * (kConv - 1) * p.window_pitch + b.channels.begin % 8 + channel;
+  const float4 weight = *reinterpret_cast<const float4*>(record + channel * kConv);
+  const T past1 = past[p.window_pitch];
+  const T past2 = past[2 * p.window_pitch];
+  const T now = from_float<T>(v + record[kXBias * n + channel]);
+  float s = fmaf(weight.x, to_float(past[0]), record[kConvBias * n + channel]);
+  s = fmaf(weight.y, to_float(past1), s);
+  s = fmaf(weight.z, to_float(past2), s);
+  s = fmaf(weight.w, to_float(now), s);
+  b.x[seq * kChannelPitch + permuted(channel)] = from_float<T>(silu(s));
+  T* state = static_cast<T*>(w.conv_state) +
+             static_cast<int64_t>(b.slot[seq]) * (kConv - 1) * p.d_inner + b.channels.begin +
+             channel;
+  state[0] = past1;
+  state[p.d_inner] = past2;
+  state[2 * p.d_inner] = now;
+}
+
+/// dbc from the sums over all blocks.
+template <typename T, int B>
+__device__ __forceinline__ void read_dbc(const Block<T, B>& b, const unsigned long long* sums) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
   const int J = b.p.n_proj;
-  for (int i = static_cast<int>(threadIdx.x); i < B * J; i += kThreads) {
-    b.dbc[i] = static_cast<float>(static_cast<long long>(__ldcg(dbc + i))) * (1.0F / kFixedOne);
+#pragma unroll 1
+  for (int base = warp * 32; base < B * J; base += kThreads) {
+    const int i = base + lane;
+    const bool wanted = i < B * J && (B == 1 || (b.live >> i / J & 1) != 0);
+    const unsigned long long before = wanted ? b.seen[i] : 0;
+    unsigned long long word = 0;
+    do {
+      if (wanted) word = poll(sums + i, 8 * J);
+    } while (__any_sync(0xffffffffU, wanted && !complete(word - before)));
+    if (wanted) {
+      b.dbc[i] = total_of(word - before);
+      b.seen[i] = word;
+    }
   }
   consumers_sync();
   if (b.p.mixer_eps > 0.0F) {  // Falcon-Mamba: dt_low, B and C each by its root mean square
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    for (int unit = static_cast<int>(threadIdx.x / 32); unit < 3 * B; unit += kWarps) {
+    for (int unit = warp; unit < 3 * B; unit += kWarps) {
       const int part = unit % 3;
-      const int width = part == 0 ? b.p.dt_rank : kState;
-      float* v = b.dbc + unit / 3 * J + (part == 0 ? 0 : b.p.dt_rank + (part - 1) * kState);
+      const int R = b.p.dt_rank;
+      const int width = part == 0 ? R : kState;
+      float* v = b.dbc + unit / 3 * J + (part == 0 ? 0 : R + (part - 1) * kState);
       float sum = 0.0F;
       for (int i = lane; i < width; i += 32) sum += v[i] * v[i];
-      const float scale = rsqrtf(warp_sum(sum) / static_cast<float>(width) + b.p.mixer_eps);
-      for (int i = lane; i < width; i += 32) v[i] *= scale;
+      const float f = rsqrtf(warp_sum(sum) / static_cast<float>(width) + b.p.mixer_eps);
+      for (int i = lane; i < width; i += 32) v[i] *= f;
     }
     consumers_sync();
   }
 }
 
-/// A thread's parameters of the state update: channel threadIdx.x / 8, two of its states.
-struct UpdateInputs {
-  float2 A;
-  float D, dt_bias;
-  template <typename T, int B>
-  __device__ void load(const Block<T, B>& b, const StepLayer& w) {
-    const int c = static_cast<int>(threadIdx.x) / kLanes;
-    if (c >= b.channels.n) return;
-    const int64_t e = b.channels.begin + c;
-    A = request2(w.A + e * kState + 2 * (threadIdx.x % kLanes));
-    D = request(w.D + e);
-    dt_bias = request(w.dt_bias + e);
-  }
-};
-
-/// Phase 2: dt, the state and y of the own channels. 8 lanes share a channel, 2 states each.
+/// dt, the state and y of the own channels: 8 lanes share a channel, 2 states each. z is still
+/// among the warps' shares.
 template <typename T, int B>
 __device__ __forceinline__ void update_state(const Block<T, B>& b, Ring& ring, const StepLayer& w,
-                                             const UpdateInputs& in) {
-  const int R = b.p.dt_rank;
-  const int c = static_cast<int>(threadIdx.x) / kLanes;
+                                             const char* small, const float* z_shares, float* all_y,
+                                             unsigned parity) {
+  const StepParams& p = b.p;
+  const int n = b.channels.n;
+  const int R = p.dt_rank;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const bool live = c < b.channels.n;
-  float dt[B] = {};
-  const int per_stage = kStageBytes / (R * 2);
-  for (int first = 0; first < b.channels.n; first += per_stage) {
-    ring.wait_full();
-    if (live && c >= first && c < first + per_stage) {
-      const T* row = reinterpret_cast<const T*>(ring.data()) + (c - first) * R;
-#pragma unroll 4
-      for (int r = 2 * lane; r < R; r += 2 * kLanes) {
-        const auto two = *reinterpret_cast<const Two<T>*>(row + r);
-        const float w0 = to_float(two.a);
-        const float w1 = to_float(two.b);
-#pragma unroll
-        for (int n = 0; n < B; ++n) {
-          const float2 low = *reinterpret_cast<const float2*>(b.dbc + n * b.p.n_proj + r);
-          dt[n] = fmaf(w1, low.y, fmaf(w0, low.x, dt[n]));
-        }
-      }
+  const int c = static_cast<int>(threadIdx.x) / kLanes % p.most_channels;
+  const int first = static_cast<int>(threadIdx.x) / kLanes / p.most_channels;
+  const int at_once = kThreads / kLanes / p.most_channels;  // sequences
+  const int channel = min(c, n - 1);
+  const int state_bytes = n * kState * (p.state_type == DType::f32 ? 4 : 2);
+  const int bytes = n * R * 2 + B * state_bytes;
+  const char* piece = ring.wait(bytes);
+  const T* row = reinterpret_cast<const T*>(piece) + channel * R;
+  const float* record = reinterpret_cast<const float*>(small);
+#pragma unroll 1
+  for (int base = 0; base < B; base += at_once) {
+    const bool mine =
+        c < n && first < at_once && base + first < B && (b.live >> (base + first) & 1) != 0;
+    if (!__any_sync(0xffffffffU, mine)) continue;
+    const int seq = mine ? base + first : 0;
+    const float* dbc = b.dbc + seq * p.n_proj;
+    float dt = 0.0F;
+#pragma unroll 2
+    for (int r = 2 * lane; r < R; r += 2 * kLanes) {
+      const auto two = *reinterpret_cast<const Two<T>*>(row + r);
+      const float2 low = *reinterpret_cast<const float2*>(dbc + r);
+      dt = fmaf(to_float(two.b), low.y, fmaf(to_float(two.a), low.x, dt));
     }
-    ring.release();
-  }
+    const int m = channel / p.in_rows * B + seq;
+    const float* from =
+        z_shares + (m / 8 * kWarps + 2 * lane) * kWarpPitch + m % 8 * 8 + channel % p.in_rows;
+    static_assert(kWarps == 2 * kLanes);
+    float z = from[0] + from[kWarpPitch];
 #pragma unroll
-  for (int n = 0; n < B; ++n) {
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) dt[n] += __shfl_xor_sync(0xffffffffU, dt[n], d);
-  }
-
-  const int64_t e = b.channels.begin + c;
-  const int block_bytes = b.channels.n * kState * (b.p.state_type == DType::f32 ? 4 : 2);
-  const int per_state = blocks_per_stage(block_bytes);
-  float y[B];
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-    const int place = n % per_state;
-    if (place == 0) ring.wait_full();
-    y[n] = 0.0F;
-    if (live && b.slot[n] >= 0) {
-      const float* bc = b.dbc + n * b.p.n_proj + R + 2 * lane;
-      const float2 of_B = *reinterpret_cast<const float2*>(bc);
-      const float2 of_C = *reinterpret_cast<const float2*>(bc + kState);
-      const float step = softplus(dt[n] + in.dt_bias);
-      const float dx = step * b.xz[n * b.p.at.xz_pitch + c];
-      const float decay[2] = {exp2_fast(step * (in.A.x * kLog2e)),
-                              exp2_fast(step * (in.A.y * kLog2e))};
-      const int at = c * kState + 2 * lane;
-      const int64_t to = (b.slot[n] * static_cast<int64_t>(b.p.d_inner) + e) * kState + 2 * lane;
+    for (int d = kLanes / 2; d > 0; d /= 2) {
+      dt += __shfl_xor_sync(0xffffffffU, dt, d);
+      z += __shfl_xor_sync(0xffffffffU, z, d);
+    }
+    float y = 0.0F;
+    const float x = to_float(b.x[seq * kChannelPitch + permuted(channel)]);
+    if (mine) {
+      const int in = c * kState + 2 * lane;
+      const float2 A = *reinterpret_cast<const float2*>(record + kA * n + in);
+      const float2 of_B = *reinterpret_cast<const float2*>(dbc + R + 2 * lane);
+      const float2 of_C = *reinterpret_cast<const float2*>(dbc + R + kState + 2 * lane);
+      const float step = softplus(dt + record[kDtBias * n + c]);
+      const float dx = step * x;
+      const float decay[2] = {exp2_fast(step * (A.x * kLog2e)), exp2_fast(step * (A.y * kLog2e))};
+      const int64_t to =
+          (b.slot[seq] * static_cast<int64_t>(p.d_inner) + b.channels.begin) * kState + in;
       const auto update = [&](auto s) {
         using S = decltype(s);
         const auto old = *reinterpret_cast<const Two<S>*>(
-            reinterpret_cast<const S*>(ring.data() + place * block_bytes) + at);
+            reinterpret_cast<const S*>(piece + n * R * 2 + seq * state_bytes) + in);
         const float h0 = fmaf(decay[0], to_float(old.a), dx * of_B.x);
         const float h1 = fmaf(decay[1], to_float(old.b), dx * of_B.y);
         *reinterpret_cast<Two<S>*>(static_cast<S*>(w.ssm_state) + to) = {from_float<S>(h0),
                                                                          from_float<S>(h1)};
-        y[n] = fmaf(of_C.y, h1, of_C.x * h0);
+        y = fmaf(of_C.y, h1, of_C.x * h0);
       };
-      if (b.p.state_type == DType::f32) {
+      if (p.state_type == DType::f32) {
         update(float{});
-      } else if (b.p.state_type == DType::bf16) {
+      } else if (p.state_type == DType::bf16) {
         update(__nv_bfloat16{});
       } else {
         update(__half{});
       }
     }
-    if (place == per_state - 1 || n == B - 1) ring.release();
-  }
 #pragma unroll
-  for (int n = 0; n < B; ++n) {
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) y[n] += __shfl_xor_sync(0xffffffffU, y[n], d);
-  }
-  // Lane n finishes sequence n.
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-    if (lane != n || !live || b.slot[n] < 0) continue;
-    const float* own = b.xz + n * b.p.at.xz_pitch;
-    const float gated = fmaf(in.D, own[c], y[n]) * silu(own[b.channels.n + c]);
-    static_cast<T*>(b.p.y)[static_cast<int64_t>(n) * b.p.d_inner + e] = from_float<T>(gated);
-  }
-}
-
-/// Brings to L2 what the next layer needs besides the ring: with the memory busy streaming, a
-/// request takes many times its usual latency.
-template <typename T, int B>
-__device__ __forceinline__ void prefetch_layer(const Block<T, B>& b, const StepLayer& w) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const auto span = [&](int by, const void* from, int bytes) {
-    if (by != warp || bytes == 0) return;
-    for (int at = lane * 128; at < bytes + 127; at += 32 * 128) {
-      prefetch_l2(static_cast<const char*>(from) + min(at, bytes - 1));
+    for (int d = kLanes / 2; d > 0; d /= 2) y += __shfl_xor_sync(0xffffffffU, y, d);
+    if (mine && lane == 0) {
+      z = to_float(from_float<T>(fmaf(z, b.left[seq], record[kZBias * n + c])));
+      const T gated = from_float<T>(fmaf(record[kD * n + c], x, y) * silu(z));
+      publish(all_y + static_cast<int64_t>(seq) * p.d_inner + b.channels.begin + c, to_float(gated),
+              parity);
     }
-  };
-  const int64_t first = b.channels.begin;
-  const int n = b.channels.n;
-  span(0, w.conv + first * kConv, n * kConv * 4);
-  span(1, w.A + first * kState, n * kState * 4);
-  span(2, w.D + first, n * 4);
-  span(3, w.dt_bias + first, n * 4);
-  if (w.conv_bias != nullptr) span(4, w.conv_bias + first, n * 4);
-  for (int i = warp; i < B * (kConv - 1); i += kWarps) {
-    const int slot = b.slot[i / (kConv - 1)];
-    if (slot < 0) continue;
-    const int64_t row = static_cast<int64_t>(slot) * (kConv - 1) + i % (kConv - 1);
-    span(warp, static_cast<const T*>(w.conv_state) + row * b.p.d_inner + first, n * 2);
   }
-  // All blocks need the norm's weights: each brings a line of them.
-  const int line = static_cast<int>(blockIdx.x) * 128;
-  if (threadIdx.x == kThreads - 1 && line < b.p.d_model * 4) {
-    prefetch_l2(reinterpret_cast<const char*>(w.norm) + line);
-  }
+  ring.release(bytes);
 }
 
 template <typename T, int B>
 __device__ void consume(const Block<T, B>& b, Ring ring) {
   const StepParams& p = b.p;
   const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid % 32;
+  const int warp = tid / 32;
   const int D = p.d_model;
   const int E = p.d_inner;
-  GridBarrier grid{p.barrier, __ldcg(p.barrier + 1)};
-
-  const auto embedded = [&](int n, int q) {
-    const T* row = static_cast<const T*>(p.embedding) + static_cast<int64_t>(p.ids[n]) * D;
-    const auto v = *reinterpret_cast<const Quad<T>*>(row + 4 * q);
-    return float4{to_float(v.v[0]), to_float(v.v[1]), to_float(v.v[2]), to_float(v.v[3])};
-  };
-  const auto streamed = [&](int n, int q) {
-    return __ldcg(
-        reinterpret_cast<const float4*>(p.residual + static_cast<int64_t>(n) * D + 4 * q));
-  };
-
-  NormWeights norm;
-  norm.load(b.layers[0].norm, D);
-  ConvInputs<T> conv;
-  conv.load(b, b.layers[0]);
-  // The own rows of the residual stream stay here; the others read a copy.
-  for (int i = tid; i < B * b.rows.n; i += kThreads) {
-    const int n = i / b.rows.n;
-    const int r = i % b.rows.n;
-    if (n >= p.n_seq) continue;
-    b.residual[n * p.at.residual_pitch + r] = to_float(
-        static_cast<const T*>(p.embedding)[static_cast<int64_t>(p.ids[n]) * D + b.rows.begin + r]);
+  const int J = p.n_proj;
+  const int n = b.channels.n;
+  const unsigned launch = __ldcg(p.launches);
+  char* set = p.exchange + launch % 2 * p.set_bytes;
+  auto* x_sums = reinterpret_cast<unsigned long long*>(set);
+  auto* all_y = reinterpret_cast<float*>(set + int64_t{kCopies} * 8 * J * 8);
+  float* all_r = all_y + int64_t{8} * E;
+  auto* other_set = reinterpret_cast<uint4*>(p.exchange + (launch + 1) % 2 * p.set_bytes);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + tid; i < p.set_bytes / 16;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    other_set[i] = uint4{0, 0, 0, 0};
   }
 
+  // The row of a product whose sum over the warps this thread takes.
+  const int seq = tid / 8 % B;
+  const bool sums_up = tid < 64 * kGroups<B> && (b.live >> seq & 1) != 0;
+  const auto row_of = [&](int at_once) {
+    return tid % 8 < at_once ? tid / 8 / B * at_once + tid % 8 : 1 << 20;
+  };
+  const int channel = row_of(p.in_rows);
+  const int row = row_of(p.out_rows);
+  float residual = 0.0F;  // of `row`
+  if (sums_up && row < b.rows.n) residual = to_float(*embedding(b, seq, b.rows.begin + row));
+
+  constexpr int kShares = kGroups<B> * kWarps * kWarpPitch;
   if (tid < B) b.scale[tid] = 1.0F;
   consumers_sync();
 
+#pragma unroll 1
   for (int l = 0; l < p.n_layer; ++l) {
     const StepLayer& w = b.layers[l];
-    const auto sums_of = [&](int layer) { return p.dbc + layer % kSums * 8 * p.n_proj; };
-    unsigned long long* dbc = sums_of(l);
-    if (l + 1 < p.n_layer) prefetch_layer(b, b.layers[l + 1]);
+    const float* scale = b.scale + l % 2 * B;
+    const char* small = b.small + l % 2 * p.at.small_bytes;
+    const auto parity = static_cast<unsigned>(l + 1) % 2;
+    // A buffer is written again only after a barrier that follows its reading.
+    float* const even = b.shares + l % 2 * kShares;
+    float* const odd = b.shares + (l + 1) % 2 * kShares;
 
     // 1
-    if (l == 0) {
-      normalise(b, norm, embedded);
-    } else {
-      normalise(b, norm, streamed);
-    }
-    product(b, ring, 2 * b.channels.n, D, [&](int i, int n, float v) {
-      const bool is_x = i < b.channels.n;
-      v *= b.scale[B + n];
-      if (w.in_bias != nullptr) {
-        v += w.in_bias[is_x ? b.channels.begin + i : E + b.channels.begin + i - b.channels.n];
-      }
-      v = to_float(from_float<T>(v));
-      if (is_x) {  // the first pass: the value for which this thread has loaded `conv`
-        T* state = static_cast<T*>(w.conv_state) +
-                   static_cast<int64_t>(b.slot[n]) * (kConv - 1) * E + b.channels.begin + i;
-        state[0] = conv.window[1];
-        state[E] = conv.window[2];
-        state[2 * E] = from_float<T>(v);
-        float c = fmaf(conv.weight.x, to_float(conv.window[0]), conv.bias);
-        c = fmaf(conv.weight.y, to_float(conv.window[1]), c);
-        c = fmaf(conv.weight.z, to_float(conv.window[2]), c);
-        c = fmaf(conv.weight.w, v, c);
-        v = to_float(from_float<T>(silu(c)));
-      }
-      b.xz[n * p.at.xz_pitch + i] = v;
-    });
+    mbarrier_wait(b.small_full + 8 * (l % 2), static_cast<uint32_t>(l / 2) % 2);
+    normalise(b, small, l, all_r);
+    multiply(b, ring, n, D, p.in_rows, even);
     consumers_sync();
-    add_x_proj(b, ring, dbc);
-    grid.arrive();
-    UpdateInputs update;
-    update.load(b, w);
-    grid.wait();
+    if (warp == kWarps - 1 && lane < B) {
+      const float s = norm_scale(b, lane);
+      b.left[lane] = __fdividef(s, scale[lane]);
+      b.scale[(l + 1) % 2 * B + lane] = s;
+    }
+    if (sums_up && channel < n) {
+      convolve(b, w, small, channel, seq,
+               summed(even) * __fdividef(norm_scale(b, seq), scale[seq]));
+    }
+    consumers_sync();
+    add_x_proj(b, ring, x_sums + blockIdx.x % kCopies * 8 * J);
+    multiply(b, ring, n, D, p.in_rows, odd);
 
     // 2
-    read_dbc(b, dbc);
-    update_state(b, ring, w, update);
-    grid.arrive();
-    grid.wait();
+    read_dbc(b, x_sums);
+    if (n > 0) update_state(b, ring, w, small, odd, all_y, parity);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(b.small_empty + 8 * (l % 2));
 
     // 3
-    for (int i = tid; i < B * (E / 8); i += kThreads) {
-      const int n = i / (E / 8);
-      const int at = i % (E / 8) * 8;
-      if (b.slot[n] < 0) continue;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       shared_address(b.activations + n * p.at.activation_pitch + at)),
-                   "l"(static_cast<const T*>(p.y) + static_cast<int64_t>(n) * E + at)
-                   : "memory");
-    }
-    if (static_cast<int>(blockIdx.x) == l % static_cast<int>(gridDim.x)) {
-      unsigned long long* next = sums_of(l + 1 < p.n_layer ? l + 1 : 0);
-      for (int i = tid; i < 8 * p.n_proj; i += kThreads) next[i] = 0;
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    gather(b, all_y, E, parity, [&](int s, int d, float4 y) { store4(b, s, d, y); });
+    multiply(b, ring, b.rows.n, E, p.out_rows, even);
     consumers_sync();
-    product(b, ring, b.rows.n, E, [&](int i, int n, float v) {
-      float& r = b.residual[n * p.at.residual_pitch + i];
-      r += w.out_bias != nullptr ? v + w.out_bias[b.rows.begin + i] : v;
-      p.residual[static_cast<int64_t>(n) * D + b.rows.begin + i] = r;
-    });
-    grid.arrive();
-    if (l + 1 < p.n_layer) {
-      norm.load(b.layers[l + 1].norm, D);
-      conv.load(b, b.layers[l + 1]);
-    } else {
-      norm.load(p.norm_f, D);
+    if (sums_up && row < b.rows.n) {
+      const int d = b.rows.begin + row;
+      residual += summed(even) + (w.out_bias != nullptr ? w.out_bias[d] : 0.0F);
+      publish(all_r + static_cast<int64_t>(seq) * D + d, residual, parity);
     }
-    grid.wait();
   }
 
-  normalise(b, norm, streamed);
-  product(b, ring, b.words.n, D, [&](int i, int n, float v) {
-    p.logits[n * p.logits_stride + b.words.begin + i] = v * b.scale[B + n];
-  });
-  // Everybody has read it, or could not have arrived at the barriers above.
-  if (blockIdx.x == 0 && tid == 0) p.barrier[1] = grid.target;
+  const int last = p.n_layer;
+  const int head_rows = kHeadPieces * p.in_rows;
+  mbarrier_wait(b.small_full + 8 * (last % 2), static_cast<uint32_t>(last / 2) % 2);
+  normalise(b, b.small + last % 2 * p.at.small_bytes, last, all_r);
+#pragma unroll 1
+  for (int first = 0; first < b.words.n; first += head_rows) {
+    const int here = min(head_rows, b.words.n - first);
+    float* shares = b.shares + (last + first / head_rows) % 2 * kShares;
+    multiply(b, ring, here, D, p.in_rows, shares);
+    consumers_sync();
+    if (sums_up && channel < here) {
+      p.logits[seq * p.logits_stride + b.words.begin + first + channel] =
+          summed(shares) * __fdividef(norm_scale(b, seq), b.scale[last % 2 * B + seq]);
+    }
+  }
+  // Everybody has read it, or could not have published what this block has waited for.
+  if (blockIdx.x == 0 && tid == 0) *p.launches = launch + 1;
 }
 
 template <typename T, int B>
@@ -830,10 +922,15 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   const int tid = static_cast<int>(threadIdx.x);
   const int block = static_cast<int>(blockIdx.x);
   const int blocks = static_cast<int>(gridDim.x);
-  Ring ring{shared + p.at.ring, shared_address(shared), shared_address(shared) + 8 * kMaxStages,
-            p.n_stage};
+  Ring ring{shared + p.at.ring, shared_address(shared), shared_address(shared) + 8 * kPieces,
+            p.at.ring_bytes};
+  const uint32_t small_full = shared_address(shared) + 16 * kPieces;
   if (tid == 0) {
-    for (int i = 0; i < p.n_stage; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(small_full + 8 * i, 1);
+      mbarrier_init(small_full + 16 + 8 * i, kWarps);
+    }
+    for (int i = 0; i < kPieces; ++i) {
       mbarrier_init(ring.full + 8 * i, 1);
       mbarrier_init(ring.empty + 8 * i, kWarps);
     }
@@ -844,20 +941,36 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   for (int i = tid; i < words; i += kThreads + 32) {
     reinterpret_cast<uint64_t*>(table)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
   }
+  const auto clear = [&](int from, int bytes) {
+    for (int i = tid; i < bytes / 4; i += kThreads + 32) {
+      reinterpret_cast<unsigned*>(shared + from)[i] = 0;
+    }
+  };
+  clear(p.at.x, B * kChannelPitch * 2);
+  clear(p.at.seen, B * p.n_proj * 8);
+  unsigned live = 0;
+  for (int i = 0; i < B; ++i) {
+    if (i < p.n_seq && p.slots[i] >= 0) live |= 1U << i;
+  }
+  if (tid < B) reinterpret_cast<int*>(shared + p.at.slots)[tid] = tid < p.n_seq ? p.slots[tid] : -1;
   const Block<T, B> b{p,
                       Run(p.d_inner, block, blocks),
                       Run(p.d_model, block, blocks),
                       Run(p.vocab_rows, block, blocks),
                       table,
-                      reinterpret_cast<T*>(shared + p.at.activations),
-                      reinterpret_cast<float*>(shared + p.at.xz),
-                      reinterpret_cast<float*>(shared + p.at.residual),
+                      reinterpret_cast<T*>(shared + p.at.v),
+                      reinterpret_cast<T*>(shared + p.at.x),
                       reinterpret_cast<float*>(shared + p.at.dbc),
-                      reinterpret_cast<float*>(shared + p.at.sums),
+                      reinterpret_cast<unsigned long long*>(shared + p.at.seen),
+                      reinterpret_cast<float*>(shared + p.at.squares),
                       reinterpret_cast<float*>(shared + p.at.scale),
-                      reinterpret_cast<float*>(shared + p.at.scratch),
-                      reinterpret_cast<const int*>(shared + p.at.slots)};
-  if (tid < B) reinterpret_cast<int*>(shared + p.at.slots)[tid] = tid < p.n_seq ? p.slots[tid] : -1;
+                      reinterpret_cast<float*>(shared + p.at.scale) + 2 * B,
+                      reinterpret_cast<float*>(shared + p.at.shares),
+                      shared + p.at.small,
+                      small_full,
+                      small_full + 16,
+                      reinterpret_cast<const int*>(shared + p.at.slots),
+                      live};
   __syncthreads();
   if (tid / 32 == kWarps) {
     produce(b, ring);
@@ -873,14 +986,28 @@ __global__ void mamba1_step_kernel(const __grid_constant__ StepParams) {}
 
 #endif
 
-/// to[c, r] = from[r, c]
-template <typename T>
-__global__ void transpose_kernel(T* to, const T* from, int64_t n_rows, int64_t n_columns) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n_rows * n_columns) to[i] = from[i % n_rows * n_columns + i / n_rows];
-}
+struct ChannelParams {
+  const float *conv, *conv_bias, *in_bias, *dt_bias, *A, *D;
+};
 
-int round_up(int64_t n, int64_t to) { return static_cast<int>(ceil_div(n, to) * to); }
+/// The parameters of the channels of each block, side by side.
+__global__ void pack_kernel(float* to, int record, ChannelParams w, int d_inner) {
+  const Run run(d_inner, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  float* mine = to + static_cast<int64_t>(blockIdx.x) * record;
+  for (int c = static_cast<int>(threadIdx.x); c < run.n; c += static_cast<int>(blockDim.x)) {
+    const int e = run.begin + c;
+    for (int i = 0; i < kConv; ++i) mine[c * kConv + i] = w.conv[e * kConv + i];
+    for (int i = 0; i < kState; ++i) mine[kA * run.n + c * kState + i] = w.A[e * kState + i];
+    const auto put = [&](int at, const float* from, int i) {
+      mine[at * run.n + c] = from != nullptr ? from[i] : 0.0F;
+    };
+    put(kConvBias, w.conv_bias, e);
+    put(kXBias, w.in_bias, e);
+    put(kZBias, w.in_bias, d_inner + e);
+    put(kDtBias, w.dt_bias, e);
+    put(kD, w.D, e);
+  }
+}
 
 }  // namespace
 
@@ -888,97 +1015,73 @@ int round_up(int64_t n, int64_t to) { return static_cast<int>(ceil_div(n, to) * 
 struct Mamba1Stepper::Plan {
   std::vector<StepLayer> layers;  // what the device has, but for x_proj_t: the plan's identity
   std::vector<Buffer> memory;
-  StepParams params{};
-  DType weight_type = DType::bf16;
-
-  static bool supports(const Mamba1Weights& w, std::span<const std::vector<Tensor>> state,
-                       const Batch& batch) {
-    const Mamba1Layer& l = w.layers.front();
-    const int64_t D = l.norm.dim(0);
-    const int64_t E = l.D.dim(0);
-    const int64_t R = l.dt_proj.dim(1);
-    const int64_t J = l.x_proj.dim(0);
-    const DType T = l.in_proj.dtype;
-    return batch.max_len == 1 && batch.n_seq <= 8 && (T == DType::bf16 || T == DType::f16) &&
-           w.lm_head.dtype == T && l.A.dim(1) == kState && l.conv1d.dim(1) == kConv &&
-           D % 32 == 0 && E % 32 == 0 && D <= 8 * kThreads && R % 8 == 0 && J % 8 == 0 &&
-           J <= 512 && state.front()[0].dtype == T &&
-           ceil_div(E, device_attribute(cudaDevAttrMultiProcessorCount)) <= kMaxChannels;
-  }
+  const StepLayer* device_layers = nullptr;
+  const float* records = nullptr;
+  char* exchange = nullptr;
+  int64_t set_bytes = 0;
+  unsigned* launches = nullptr;
 };
 
 namespace {
 
-/// Shared memory for B sequences; the ring takes what is left. n_stage 0: too little is.
+/// Places everything in shared memory; the ring takes what is left. False: too little is.
 template <int B>
-void lay_out(StepParams& p, int blocks, int shared_limit) {
-  const auto most = [&](int total) { return static_cast<int>(ceil_div(total, blocks)); };
+bool lay_out(StepParams& p, int blocks) {
+  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  int next = 2 * 8 * kMaxStages;
+  int next = 2 * 8 * kPieces + 32;
   const auto place = [&](int bytes) {
     const int here = next;
     next += round_up(bytes, 16);
     return here;
   };
+  at.held = place(kPieces * 4);
   at.slots = place(B * 4);
   at.table = place(p.n_layer * static_cast<int>(sizeof(StepLayer)));
-  // 16 bytes more than a row spread the sequences over the banks.
-  at.activation_pitch = std::max(p.d_model, p.d_inner) + 8;
-  at.activations = place(B * at.activation_pitch * 2);
-  at.xz_pitch = 2 * most(p.d_inner);
-  at.xz = place(B * at.xz_pitch * 4);
-  at.residual_pitch = most(p.d_model);
-  at.residual = place(B * at.residual_pitch * 4);
+  at.v_pitch = round_up(std::max(p.d_model, p.d_inner), 64) + 32;
+  at.v = place(B * at.v_pitch * 2);
+  at.x = place(B * kChannelPitch * 2);
   at.dbc = place(B * p.n_proj * 4);
-  at.sums = place(B * kWarps * 4);
-  at.scale = place(2 * B * 4);
-  at.scratch = place(kScratchFloats<B> * 4);
+  at.seen = place(B * p.n_proj * 8);
+  at.squares = place(B * kWarps * 4);
+  at.scale = place(3 * B * 4);
+  at.shares = place(2 * kGroups<B> * kWarps * kWarpPitch * 4);
+  at.norm = round_up(p.record * 4, 128);
+  at.windows = at.norm + round_up(p.d_model * 4, 128);
+  at.small_bytes = at.windows + round_up(B * (kConv - 1) * 2 * p.window_pitch, 128);
+  next = round_up(next, 128);
+  at.small = place(2 * at.small_bytes);
   at.ring = round_up(next, 128);
-  p.n_stage = std::clamp((shared_limit - at.ring) / kStageBytes, 0, kMaxStages);
-  if (p.n_stage < 4) p.n_stage = 0;
-}
-
-/// False: not built for these sizes. `refused`: the device had no room for all blocks at once.
-template <typename T, int B>
-bool launch_step(StepParams p, bool& refused, cudaStream_t stream) {
-  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
-  lay_out<B>(p, blocks, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (p.n_stage == 0) return false;
-  auto* kernel = &mamba1_step_kernel<T, B>;
-  const int shared = p.at.ring + p.n_stage * kStageBytes;
-  KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  int resident = 0;
-  KRAIT_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads + 32,
-                                                           static_cast<size_t>(shared)));
-  if (resident < 1) return false;
-
-  // Cooperative: the blocks wait for each other, so all of them must be there, or none.
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = kThreads + 32;
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, p);
-  if (status == cudaErrorCooperativeLaunchTooLarge) {  // a GPU of which we have only a part
-    (void)cudaGetLastError();
-    refused = true;
+  at.ring_bytes = (shared_limit - kOverread - at.ring) / 128 * 128;
+  const auto rows_of = [&](int n_columns) {
+    int rows = 8;
+    while (rows > 1 && rows * (2 * n_columns + 16) > kMostPiece) rows /= 2;
+    return rows;
+  };
+  p.in_rows = rows_of(p.d_model);
+  p.out_rows = rows_of(p.d_inner);
+  const int most_rows = static_cast<int>(ceil_div(p.d_model, blocks));
+  if (ceil_div(p.most_channels, p.in_rows) > kMaxChannels / 8 ||
+      ceil_div(most_rows, p.out_rows) > kMaxChannels / 8) {
     return false;
   }
-  KRAIT_CUDA(status);
-  return true;
+  const int state = kState * (p.state_type == DType::f32 ? 4 : 2);
+  const int piece =
+      std::max({p.in_rows * (2 * p.d_model + 16), p.out_rows * (2 * p.d_inner + 16),
+                p.most_channels * p.proj_pitch * 2, p.most_channels * (p.dt_rank * 2 + B * state)});
+  // With less than a fifth of a layer in the ring, the other form was faster.
+  const int64_t layer = int64_t{2} * p.most_channels * (2 * p.d_model + p.n_proj + p.dt_rank) +
+                        int64_t{2} * most_rows * p.d_inner;
+  return at.ring_bytes >= 2 * piece && 5 * at.ring_bytes >= layer;
 }
 
-template <typename T>
-bool launch_step(const StepParams& p, bool& refused, cudaStream_t stream) {
-  if (p.n_seq == 1) return launch_step<T, 1>(p, refused, stream);
-  if (p.n_seq == 2) return launch_step<T, 2>(p, refused, stream);
-  if (p.n_seq <= 4) return launch_step<T, 4>(p, refused, stream);
-  return launch_step<T, 8>(p, refused, stream);
+/// f(std::integral_constant<int, B>) with the least B that takes n_seq sequences.
+template <typename F>
+bool with_batch(int n_seq, F&& f) {
+  if (n_seq == 1) return f(std::integral_constant<int, 1>{});
+  if (n_seq == 2) return f(std::integral_constant<int, 2>{});
+  if (n_seq <= 4) return f(std::integral_constant<int, 4>{});
+  return f(std::integral_constant<int, 8>{});
 }
 
 bool runs_here() {
@@ -986,28 +1089,69 @@ bool runs_here() {
          device_attribute(cudaDevAttrCooperativeLaunch) != 0;
 }
 
+bool supports(const Mamba1Weights& w, std::span<const std::vector<Tensor>> state,
+              const Batch& batch) {
+  const Mamba1Layer& l = w.layers.front();
+  const int64_t D = l.norm.dim(0);
+  const int64_t E = l.D.dim(0);
+  const int64_t R = l.dt_proj.dim(1);
+  const int64_t J = l.x_proj.dim(0);
+  const DType T = l.in_proj.dtype;
+  return batch.max_len == 1 && batch.n_seq <= 8 && (T == DType::bf16 || T == DType::f16) &&
+         w.lm_head.dtype == T && l.A.dim(1) == kState && l.conv1d.dim(1) == kConv && D % 32 == 0 &&
+         E % 32 == 0 && D <= 4096 && R % 8 == 0 && J % 8 == 0 && J <= 512 && aligned16(l.norm) &&
+         aligned16(w.norm_f) && state.front()[0].dtype == T &&
+         ceil_div(E, device_attribute(cudaDevAttrMultiProcessorCount)) <= kMaxChannels;
+}
+
 StepLayer pointers(const Mamba1Layer& w, const std::vector<Tensor>& state) {
-  return {w.in_proj.data,        nullptr,
-          w.dt_proj.data,        w.out_proj.data,
-          w.norm.as<float>(),    w.in_proj_bias.as<float>(),
-          w.conv1d.as<float>(),  w.conv1d_bias.as<float>(),
-          w.dt_bias.as<float>(), w.A.as<float>(),
-          w.D.as<float>(),       w.out_proj_bias.as<float>(),
-          state[0].data,         state[1].data};
+  return {w.in_proj.data,     nullptr,
+          w.dt_proj.data,     w.out_proj.data,
+          w.norm.as<float>(), w.out_proj_bias.as<float>(),
+          state[0].data,      state[1].data};
 }
 
 }  // namespace
 
-Mamba1Stepper::Mamba1Stepper(Allocate allocate) : allocate_(std::move(allocate)) {}
+Mamba1Stepper::Mamba1Stepper(Allocate allocate) : allocate_(allocate), wide_(std::move(allocate)) {}
 Mamba1Stepper::~Mamba1Stepper() = default;
 
 bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
                         const Batch& batch, std::span<const std::vector<Tensor>> state,
                         cudaStream_t stream) {
-  if (refused_ || !runs_here() || weights.layers.empty() ||
-      !Plan::supports(weights, state, batch)) {
+  if (refused_ || !runs_here() || weights.layers.empty() || !supports(weights, state, batch)) {
     return false;
   }
+  return launch(weights, logits, ids, batch, state, stream) ||
+         (!refused_ && wide_.run(weights, logits, ids, batch, state, stream));
+}
+
+bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+                           const Batch& batch, std::span<const std::vector<Tensor>> state,
+                           cudaStream_t stream) {
+  const Mamba1Layer& l = weights.layers.front();
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const auto n_layer = static_cast<int64_t>(weights.layers.size());
+  const int64_t D = l.norm.dim(0);
+  const int64_t E = l.D.dim(0);
+  const int64_t J = l.x_proj.dim(0);
+  StepParams p{};
+  p.n_layer = static_cast<int>(n_layer);
+  p.d_model = static_cast<int>(D);
+  p.d_inner = static_cast<int>(E);
+  p.dt_rank = static_cast<int>(l.dt_proj.dim(1));
+  p.n_proj = static_cast<int>(J);
+  p.proj_pitch = static_cast<int>(J / 8 % 2 == 0 ? J + 8 : J);  // an odd number of 16 bytes
+  p.most_channels = static_cast<int>(ceil_div(E, blocks));
+  p.window_pitch = round_up(p.most_channels, 8) + 16;
+  p.record = round_up(p.most_channels * kParams, 4);
+  p.state_type = state.front()[1].dtype;
+  p.n_seq = static_cast<int>(batch.n_seq);
+  if (blocks > kMaxBlocks ||
+      !with_batch(p.n_seq, [&](auto b) { return lay_out<decltype(b)::value>(p, blocks); })) {
+    return false;
+  }
+
   std::vector<StepLayer> layers;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     layers.push_back(pointers(weights.layers[i], state[i]));
@@ -1019,50 +1163,53 @@ bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, cons
       plan = known.get();
     }
   }
-  const Mamba1Layer& l = weights.layers.front();
   if (plan == nullptr) {
-    const int64_t E = l.D.dim(0);
-    const int64_t J = l.x_proj.dim(0);
-    const auto n_layer = static_cast<int64_t>(layers.size());
     auto made = std::make_unique<Plan>();
     made->layers = layers;
-    made->weight_type = l.in_proj.dtype;
-    const auto keep = [&](size_t bytes) {
-      made->memory.push_back(allocate_(bytes, "decode step"));
+    const auto keep = [&](int64_t bytes) {
+      made->memory.push_back(allocate_(static_cast<size_t>(bytes), "decode step"));
       return made->memory.back().data();
     };
-    auto* transposed = static_cast<char*>(keep(static_cast<size_t>(n_layer * E * J * 2)));
-    for (size_t i = 0; i < layers.size(); ++i) {
-      void* to = transposed + static_cast<int64_t>(i) * E * J * 2;
-      transpose_kernel<<<static_cast<unsigned>(ceil_div(E * J, 256)), 256, 0, stream>>>(
-          static_cast<uint16_t*>(to), weights.layers[i].x_proj.as<uint16_t>(), J, E);
-      KRAIT_CUDA(cudaGetLastError());
-      layers[i].x_proj_t = to;
-    }
-    StepParams& p = made->params;
-    const size_t table = layers.size() * sizeof(StepLayer);
-    p.layers = static_cast<StepLayer*>(keep(table));
-    KRAIT_CUDA(cudaMemcpyAsync(const_cast<StepLayer*>(p.layers), layers.data(), table,
-                               cudaMemcpyHostToDevice, stream));
-    p.n_layer = static_cast<int>(n_layer);
-    p.d_model = static_cast<int>(l.norm.dim(0));
-    p.d_inner = static_cast<int>(E);
-    p.dt_rank = static_cast<int>(l.dt_proj.dim(1));
-    p.n_proj = static_cast<int>(J);
-    p.residual = static_cast<float*>(keep(static_cast<size_t>(8 * l.norm.dim(0) * 4)));
-    p.y = keep(static_cast<size_t>(8 * E * 2));
-    const auto zeroed = [&](size_t bytes) {
+    const auto zeroed = [&](int64_t bytes) {
       void* at = keep(bytes);
-      KRAIT_CUDA(cudaMemsetAsync(at, 0, bytes, stream));
+      KRAIT_CUDA(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
       return at;
     };
-    p.dbc = static_cast<unsigned long long*>(zeroed(static_cast<size_t>(kSums * 8 * J * 8)));
-    p.barrier = static_cast<unsigned*>(zeroed(2 * sizeof(unsigned)));
+    const int64_t proj_bytes = E * p.proj_pitch * 2;
+    auto* transposed = static_cast<char*>(keep(n_layer * proj_bytes));
+    auto* records = static_cast<float*>(keep(n_layer * blocks * p.record * 4));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const Mamba1Layer& w = weights.layers[i];
+      void* to = transposed + static_cast<int64_t>(i) * proj_bytes;
+      transpose_kernel<<<static_cast<unsigned>(ceil_div(proj_bytes / 2, 256)), 256, 0, stream>>>(
+          static_cast<uint16_t*>(to), w.x_proj.as<uint16_t>(), J, E, p.proj_pitch);
+      KRAIT_CUDA(cudaGetLastError());
+      layers[i].x_proj_t = to;
+      pack_kernel<<<static_cast<unsigned>(blocks), kMaxChannels, 0, stream>>>(
+          records + static_cast<int64_t>(i) * blocks * p.record, p.record,
+          {w.conv1d.as<float>(), w.conv1d_bias.as<float>(), w.in_proj_bias.as<float>(),
+           w.dt_bias.as<float>(), w.A.as<float>(), w.D.as<float>()},
+          p.d_inner);
+      KRAIT_CUDA(cudaGetLastError());
+    }
+    const size_t table = layers.size() * sizeof(StepLayer);
+    auto* device_layers = static_cast<StepLayer*>(keep(static_cast<int64_t>(table)));
+    KRAIT_CUDA(
+        cudaMemcpyAsync(device_layers, layers.data(), table, cudaMemcpyHostToDevice, stream));
+    made->device_layers = device_layers;
+    made->records = records;
+    made->set_bytes = kCopies * 8 * J * 8 + 8 * E * 4 + 8 * D * 4;
+    made->exchange = static_cast<char*>(zeroed(2 * made->set_bytes));
+    made->launches = static_cast<unsigned*>(zeroed(sizeof(unsigned)));
     KRAIT_CUDA(cudaStreamSynchronize(stream));  // `layers` goes
     plans_.push_back(std::move(made));
     plan = plans_.back().get();
   }
-  StepParams p = plan->params;
+  p.layers = plan->device_layers;
+  p.records = plan->records;
+  p.exchange = plan->exchange;
+  p.set_bytes = plan->set_bytes;
+  p.launches = plan->launches;
   p.embedding = weights.embedding.data;
   p.head = weights.lm_head.data;
   p.vocab_rows = static_cast<int>(weights.lm_head.dim(0));
@@ -1071,12 +1218,15 @@ bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, cons
   p.mixer_eps = weights.mixer_norm_eps;
   p.ids = ids.as<int32_t>();
   p.slots = batch.slot.as<int32_t>();
-  p.n_seq = static_cast<int>(batch.n_seq);
   p.logits = logits.as<float>();
   p.logits_stride = logits.row_stride;
-  p.state_type = state.front()[1].dtype;
-  return plan->weight_type == DType::bf16 ? launch_step<__nv_bfloat16>(p, refused_, stream)
-                                          : launch_step<__half>(p, refused_, stream);
+  const bool bf16 = l.in_proj.dtype == DType::bf16;
+  return with_batch(p.n_seq, [&](auto b) {
+    constexpr int B = decltype(b)::value;
+    return launch_together(
+        bf16 ? &mamba1_step_kernel<__nv_bfloat16, B> : &mamba1_step_kernel<__half, B>, blocks,
+        kThreads + 32, p.at.ring + p.at.ring_bytes + kOverread, p, refused_, stream);
+  });
 }
 
 }  // namespace krait::cuda

@@ -106,6 +106,91 @@ __global__ void exchange_rounds(unsigned* counter, float* vectors, float* sink, 
   if (sum == -1.0F) *sink = sum;  // never: keeps the loads
 }
 
+/// Sums over all blocks that say themselves when they are complete: every block adds its share and
+/// a count of one in the top byte to each of n words (in one of kCopies copies), then reads the
+/// words until the count is that of the blocks. Two sets of words take turns; differences to the
+/// last use spare setting them to zero. `rounds` is even.
+template <int kCopies>
+__global__ void __launch_bounds__(512, 1)
+    sum_rounds(unsigned long long* words, float* sink, int n, int rounds) {
+#if __CUDA_ARCH__ >= 700
+  constexpr int kCountBit = 56;
+  constexpr int kPer = 2;  // words of a thread: n <= kPer * 512
+  unsigned long long last[2][kPer] = {};
+  unsigned long long value = threadIdx.x;
+  for (int i = 0; i < rounds; i += 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned long long* set = words + static_cast<int64_t>(half) * n * kCopies;
+      unsigned long long sum = 0;
+      for (int e = static_cast<int>(threadIdx.x); e < n; e += static_cast<int>(blockDim.x)) {
+        asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(
+                         set + static_cast<int64_t>(blockIdx.x % kCopies) * n + e),
+                     "l"((1ULL << kCountBit) + value % 1024)
+                     : "memory");
+      }
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const int e = static_cast<int>(threadIdx.x + j * blockDim.x);
+        if (e >= n) break;
+        unsigned long long total;
+        do {
+          unsigned long long part[kCopies];
+#pragma unroll
+          for (int c = 0; c < kCopies; ++c) {
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                         : "=l"(part[c])
+                         : "l"(set + static_cast<int64_t>(c) * n + e)
+                         : "memory");
+          }
+          total = 0;
+#pragma unroll
+          for (int c = 0; c < kCopies; ++c) total += part[c];
+        } while ((total - last[half][j]) >> kCountBit != gridDim.x);
+        last[half][j] = total;
+        sum += total;
+      }
+      value = sum & 255;
+      __syncthreads();
+    }
+  }
+  if (value == ~0ULL) *sink = 1.0F;  // never: keeps the loads
+#endif
+}
+
+/// Every block writes its part of n floats, each with the parity of the round in its last bit, and
+/// reads all of them until their parity is right. Two vectors take turns.
+__global__ void __launch_bounds__(512, 1)
+    parity_rounds(unsigned* words, float* sink, int n, int rounds) {
+#if __CUDA_ARCH__ >= 700
+  const auto first = [&](int64_t block) { return static_cast<int>(n * block / gridDim.x); };
+  unsigned value = threadIdx.x;
+  for (int i = 0; i < rounds; ++i) {
+    unsigned* set = words + static_cast<int64_t>(i % 2) * n;
+    const unsigned parity = (i / 2 + 1) % 2;
+    for (int e = first(blockIdx.x) + static_cast<int>(threadIdx.x); e < first(blockIdx.x + 1);
+         e += static_cast<int>(blockDim.x)) {
+      asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(set + e), "r"((value & ~1U) | parity)
+                   : "memory");
+    }
+    unsigned sum = 0;
+    for (int e = 4 * static_cast<int>(threadIdx.x); e < n; e += 4 * static_cast<int>(blockDim.x)) {
+      uint4 v;
+      do {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(set + e)
+                     : "memory");
+      } while ((((v.x ^ parity) | (v.y ^ parity) | (v.z ^ parity) | (v.w ^ parity)) & 1) != 0);
+      sum += v.x + v.y + v.z + v.w;
+    }
+    value = sum & 255;
+    __syncthreads();
+  }
+  if (value == ~0U) *sink = 1.0F;  // never: keeps the loads
+#endif
+}
+
 // ---- kernels in a graph -------------------------------------------------------------------------
 
 __global__ void nothing() {}
@@ -241,6 +326,18 @@ class Primitives {
             }),
             "us");
       }
+    }
+    auto* words = static_cast<unsigned long long*>(scratch_);
+    for (const int n : {80, 192, 768}) {
+      const std::string name = "exchange of " + std::to_string(n) + " sums over the blocks, ";
+      add(name + "one copy",
+          round_us([&](int r) { cooperative(sum_rounds<1>, 512, words, vectors, n, r); }), "us");
+      add(name + "four copies",
+          round_us([&](int r) { cooperative(sum_rounds<4>, 512, words, vectors, n, r); }), "us");
+    }
+    for (const int n : {768, 1536, 2560, 5120}) {
+      add("exchange of " + std::to_string(n) + " floats that carry a parity",
+          round_us([&](int r) { cooperative(parity_rounds, 512, counter, vectors, n, r); }), "us");
     }
   }
 

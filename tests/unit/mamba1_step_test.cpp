@@ -3,6 +3,10 @@
 // further from it than the verbs are.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "runtime/state_pool.h"
 #include "support/test_models.h"
 #include "support/test_support.h"
@@ -88,6 +92,15 @@ class Rig {
       rows.insert(rows.end(), from, from + width);
     }
     return rows;
+  }
+
+  /// Fills what the convolution of layer 0 remembers of a slot; weights in bf16.
+  void set_window(int slot, float value) {
+    const Tensor& t = pool_.layers().front()[0];
+    const size_t bytes = t.bytes() / kSlots;
+    const std::vector<bf16_t> values(bytes / sizeof(bf16_t), bf16_t(value));
+    op_.upload(static_cast<std::byte*>(t.data) + static_cast<size_t>(slot) * bytes, values.data(),
+               bytes);
   }
 
   [[nodiscard]] bool steps_at_once() {
@@ -213,6 +226,47 @@ INSTANTIATE_TEST_SUITE_P(
                  .family = "falcon-mamba",
                  .slots = {0, 2, 1, 4}}),
     [](const auto& test) { return std::string(test.param.name); });
+
+// Sums over the blocks are integers, which know no infinity: what doesn't fit must still come out
+// as no number, in its own sequence and nowhere else.
+TEST(Mamba1StepGpu, WhatIsNoNumberStaysNoNumber) {
+  const StepCase c{.name = "two", .slots = {3, 0}};
+  const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
+  const auto ids = random_ids(2, gpu.model->config().vocab_size, 1);
+  const auto clean = Rig(*gpu.op, c, *gpu.model).feed(ids, true, c.slots);
+  const auto half = static_cast<ptrdiff_t>(clean.size() / 2);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
+    Rig rig(*gpu.op, c, *gpu.model);
+    rig.set_window(3, bad);
+    const auto first = rig.feed(ids, true, c.slots);
+    EXPECT_TRUE(std::none_of(first.begin(), first.begin() + half, [](float v) {
+      return std::isfinite(v);
+    })) << bad;
+    EXPECT_TRUE(std::equal(first.begin() + half, first.end(), clean.begin() + half)) << bad;
+    // The state is no number any more.
+    const auto second = rig.feed(ids, true, c.slots);
+    EXPECT_FALSE(std::isfinite(second.front())) << bad;
+    EXPECT_TRUE(std::isfinite(second.back())) << bad;
+  }
+}
+
+TEST(Mamba1StepGpu, GivesTheSameBitsAfterTwoThousandSteps) {
+  const StepCase c{
+      .name = "three", .d_model = 96, .d_inner = 1056, .dt_rank = 24, .slots = {2, 7, 4}};
+  const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
+  const auto last = [&] {
+    Rig rig(*gpu.op, c, *gpu.model);
+    std::vector<float> logits;
+    for (uint64_t t = 0; t < 2000; ++t) {
+      logits = rig.feed(random_ids(3, gpu.model->config().vocab_size, t), true, c.slots);
+    }
+    return logits;
+  };
+  const auto first = last();
+  EXPECT_TRUE(std::all_of(first.begin(), first.end(), [](float v) { return std::isfinite(v); }));
+  EXPECT_EQ(last(), first);
+}
 
 TEST(Mamba1StepGpu, LeavesToTheVerbsWhatItIsNotBuiltFor) {
   StepCase many{.name = "nine", .slots = {0, 1, 2, 3, 4, 5, 6, 7, 8}};
