@@ -1122,6 +1122,7 @@ bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, cons
   if (refused_ || !runs_here() || weights.layers.empty() || !supports(weights, state, batch)) {
     return false;
   }
+  if (batch.state_rounding() == Rounding::stochastic) return false;  // the verbs do that
   return launch(weights, logits, ids, batch, state, stream) ||
          (!refused_ && wide_.run(weights, logits, ids, batch, state, stream));
 }

@@ -150,7 +150,7 @@ uint64_t next_engine_id() {
 
 }  // namespace
 
-int64_t default_prefill_chunk(const Ops& op) { return op.backend() == "cpu" ? 512 : 2048; }
+int64_t default_prefill_chunk(const Ops& op) { return op.backend() == "cpu" ? 512 : 4096; }
 
 struct Engine::Impl {
   Impl(const Model& m, Ops& ops, const EngineOptions& o)
