@@ -84,11 +84,13 @@ class Run {
  private:
   /// Fills the queue; false when all is done.
   bool take() {
-    // Enough to fill the free slots, and a few to choose from; not more, because another engine may
-    // be short of work.
+    // Enough to fill the free slots, and a few to choose from; and no more prompts than the next
+    // two plans can prefill, because another engine may be short of work: so engines share a file
+    // by how fast they read it, not by who comes first.
     const auto enough = [&] {
       const int64_t n_free = scheduler_.n_slot() - scheduler_.running();
-      return scheduler_.waiting() >= n_free + scheduler_.n_slot() / 8 + 8;
+      return scheduler_.waiting() >= n_free + scheduler_.n_slot() / 8 + 8 ||
+             scheduler_.waiting_tokens() >= 2 * engine_.prefill_chunk();
     };
     while (!enough()) {
       const bool idle = jobs_at_work_ == 0 && launches_.empty();

@@ -27,6 +27,7 @@ void Scheduler::submit(int64_t id, const SequenceSpec& spec) {
     parent = &it->second;
   }
   ++n_waiting_;
+  n_waiting_tokens_ += spec.n_prompt;
   if (parent != nullptr && parent->prefilled < parent->spec.n_prompt) {
     parent->blocked.push_back(id);
   } else {
@@ -60,6 +61,7 @@ void Scheduler::start(Sequence& s, Piece& piece) {
   s.slot = free_.back();
   free_.pop_back();
   --n_waiting_;
+  n_waiting_tokens_ -= s.spec.n_prompt;
   if (s.spec.n_children > 0) ++n_parents_;
   if (s.spec.parent < 0) return;
   Sequence& parent = sequences_.at(s.spec.parent);

@@ -69,6 +69,8 @@ class Scheduler {
 
   /// Sequences without a slot, and those with one.
   [[nodiscard]] int64_t waiting() const noexcept { return n_waiting_; }
+  /// Tokens that those without a slot have to prefill.
+  [[nodiscard]] int64_t waiting_tokens() const noexcept { return n_waiting_tokens_; }
   [[nodiscard]] int64_t running() const noexcept { return n_slot_ - std::ssize(free_); }
   [[nodiscard]] int64_t n_slot() const noexcept { return n_slot_; }
 
@@ -96,6 +98,7 @@ class Scheduler {
   std::vector<int64_t> decoding_;  ///< in the order in which they began
   int64_t partial_ = -1;           ///< the sequence whose prompt is half prefilled; -1: none
   int64_t n_waiting_ = 0;
+  int64_t n_waiting_tokens_ = 0;
   int64_t n_parents_ = 0;  ///< with a slot
   int prefills_in_a_row_ = 0;
 };

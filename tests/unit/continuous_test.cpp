@@ -233,6 +233,46 @@ TEST_P(ContinuousTest, ScoresAreThoseOfTheWholePrompt) {
   }
 }
 
+/// Remembers how far an engine takes jobs ahead of what it has fed.
+class WatchedJobs : public BatchJobs {
+ public:
+  WatchedJobs(const std::vector<BatchJob>& jobs, const BatchProgress& progress)
+      : list_(jobs), progress_(progress) {}
+  std::optional<BatchJob> take(bool wait) override {
+    std::optional<BatchJob> job = list_.take(wait);
+    if (job) taken_ += std::ssize(job->prompt);
+    ahead_ = std::max(ahead_, taken_ - progress_.prompt_tokens);
+    return job;
+  }
+  [[nodiscard]] int64_t ahead() const { return ahead_; }
+
+ private:
+  ListOfJobs list_;
+  const BatchProgress& progress_;
+  int64_t taken_ = 0;
+  int64_t ahead_ = 0;
+};
+
+/// Engines share a queue by how fast they prefill: none takes all because it has slots for all.
+TEST_P(ContinuousTest, TakesNoMoreThanItCanPrefillSoon) {
+  constexpr int64_t kChunk = 32;
+  constexpr int kPrompt = 20;
+  EngineOptions options;
+  options.n_slot = 64;
+  options.prefill_chunk = kChunk;
+  Engine engine(*model_.model, *model_.op, options);
+  std::vector<BatchJob> jobs;
+  for (int i = 0; i < 60; ++i) jobs.push_back(job(i, kPrompt, 3));
+  BatchProgress progress;
+  WatchedJobs watched(jobs, progress);
+  int done = 0;
+  EXPECT_TRUE(run_continuous(
+      engine, nullptr, {64, {}}, watched, [&](const BatchResult&) { ++done; }, {}, progress));
+  EXPECT_EQ(done, 60);
+  // Two chunks that wait, the prompt that goes over, and one that is prefilled by halves.
+  EXPECT_LE(watched.ahead(), 2 * kChunk + 2 * kPrompt);
+}
+
 TEST_P(ContinuousTest, CancelLeavesWhatIsDone) {
   EngineOptions options;
   options.n_slot = 2;
