@@ -138,7 +138,7 @@ int state_drift(const Flags& flags) {
 }  // namespace
 }  // namespace krait
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) try {
   CLI::App app("What a 16-bit state costs over a long text.");
   krait::Flags flags;
   app.add_option("-m,--model", flags.model, "folder, file or org/name")->required();
@@ -151,10 +151,11 @@ int main(int argc, char** argv) {
   app.add_option("--dtype", flags.device.dtype, "of the weights: auto, f32, bf16, f16");
   app.add_option("-t,--threads", flags.device.threads, "CPU threads (0: all cores)");
   CLI11_PARSE(app, argc, argv);
-  try {
-    return krait::state_drift(flags);
-  } catch (const krait::Error& e) {
-    std::fprintf(stderr, "state_drift: %s\n", e.what());
-    return krait::exit_code(e.kind());
-  }
+  return krait::state_drift(flags);
+} catch (const krait::Error& e) {
+  std::fprintf(stderr, "state_drift: %s\n", e.what());
+  return krait::exit_code(e.kind());
+} catch (const std::exception& e) {
+  std::fprintf(stderr, "state_drift: %s\n", e.what());
+  return 1;
 }
