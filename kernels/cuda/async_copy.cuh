@@ -11,7 +11,7 @@ template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside = true) {
   static_assert(kBytes == 8 || kBytes == 16);
 #if __CUDA_ARCH__ >= 800
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t to = shared_address(shared);
   const int bytes = inside ? kBytes : 0;
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)

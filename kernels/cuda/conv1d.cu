@@ -22,6 +22,7 @@ namespace krait::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kTile = 8;  // tokens of a thread of the plain form
 
 /// V neighbouring channels of one row.
 template <typename T, int V>
@@ -29,22 +30,20 @@ struct alignas(V * sizeof(T)) Lane {
   T v[V];
 };
 
-template <typename T, int K, int kTile, int V>
+/// Prompts in a layout without accesses of 4 elements: a thread walks one channel through kTile
+/// tokens, all of them loaded before the first is used.
+template <typename T, int K>
 __global__ void __launch_bounds__(kThreads)
     conv1d_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
                   const int32_t* seq_start, const int32_t* slots, int64_t d_inner,
                   int64_t out_stride, int64_t u_stride) {
-  using Row = Lane<T, V>;
-  const int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool live = e < d_inner;
   // Parameters: they don't depend on the kernel before this one.
-  float w[V][K], b[V];
+  float w[K];
 #pragma unroll
-  for (int c = 0; c < V; ++c) {
-#pragma unroll
-    for (int j = 0; j < K; ++j) w[c][j] = live ? weight[(e + c) * K + j] : 0.0F;
-    b[c] = live && bias != nullptr ? bias[e + c] : 0.0F;
-  }
+  for (int j = 0; j < K; ++j) w[j] = live ? weight[e * K + j] : 0.0F;
+  const float b = live && bias != nullptr ? bias[e] : 0.0F;
   after_previous();
   const int64_t seq = blockIdx.z;
   const int32_t slot = slots[seq];
@@ -55,13 +54,12 @@ __global__ void __launch_bounds__(kThreads)
 
   const T* x = u + begin * u_stride + e;
   T* state = conv_state + slot * (K - 1) * d_inner + e;
-  const auto at = [](const T* p) { return *reinterpret_cast<const Row*>(p); };
   // The input at time t of this sequence; before time 0 it is in the state, oldest first.
   const auto input = [&](int64_t t) {
-    return at(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
+    return *(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
   };
 
-  Row tile[K - 1 + kTile];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
+  T tile[K - 1 + kTile];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
 #pragma unroll
   for (int i = 0; i < K - 1 + kTile; ++i) {
     if (t0 + i - (K - 1) < len) tile[i] = input(t0 + i - (K - 1));
@@ -69,25 +67,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
     if (t0 + i >= len) break;
-    Row row;
+    float sum = b;
 #pragma unroll
-    for (int c = 0; c < V; ++c) {
-      float sum = b[c];
-#pragma unroll
-      for (int j = 0; j < K; ++j) sum = fmaf(w[c][j], to_float(tile[i + j].v[c]), sum);
-      row.v[c] = from_float<T>(silu(sum));
-    }
-    *reinterpret_cast<Row*>(out + (begin + t0 + i) * out_stride + e) = row;
+    for (int j = 0; j < K; ++j) sum = fmaf(w[j], to_float(tile[i + j]), sum);
+    out[(begin + t0 + i) * out_stride + e] = from_float<T>(silu(sum));
   }
 
   // The first tile alone touches the state: it has read what it needs of the old one, so nobody
   // races.
   if (t0 == 0) {
-    Row last[K - 1];
+    T last[K - 1];
 #pragma unroll
     for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state + j * d_inner) = last[j];
+    for (int j = 0; j < K - 1; ++j) state[j * d_inner] = last[j];
   }
 }
 
@@ -259,26 +252,14 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
     const auto run = [&](auto k) {
       constexpr int K = decltype(k)::value;
       const int64_t d_inner = u.dim(1);
-      const auto go = [&](auto tile, auto width, auto* kernel) {
-        constexpr int kTile = decltype(tile)::value;
-        const dim3 grid(
-            static_cast<unsigned>(ceil_div(d_inner, kThreads * int64_t{decltype(width)::value})),
-            static_cast<unsigned>(ceil_div(batch.max_len, kTile)),
-            static_cast<unsigned>(batch.n_seq));
-        launch("conv1d_silu", kernel, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
-               weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
-               batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
-               u.row_stride);
-      };
       constexpr std::integral_constant<int, 1> kOne;
       constexpr std::integral_constant<int, 2> kTwo;
       constexpr std::integral_constant<int, 4> kFour;
-      constexpr std::integral_constant<int, 8> kEight;
-      // One token per sequence: more threads with less each keep more loads in flight.
       const auto quads = [](const Tensor& t) {
         return reinterpret_cast<uintptr_t>(t.data) % sizeof(Quad<T>) == 0 && t.row_stride % 4 == 0;
       };
       const bool by_four = d_inner % 4 == 0 && quads(out) && quads(u) && quads(conv_state);
+      // One token per sequence.
       if (batch.max_len == 1) {
         const auto decode = [&](auto width, auto seqs, auto* kernel) {
           const dim3 grid(
@@ -310,7 +291,13 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                u.row_stride, static_cast<int>(n_chunk));
         return;
       }
-      go(kEight, kOne, &conv1d_kernel<T, K, 8, 1>);
+      const dim3 grid(static_cast<unsigned>(ceil_div(d_inner, kThreads)),
+                      static_cast<unsigned>(ceil_div(batch.max_len, kTile)),
+                      static_cast<unsigned>(batch.n_seq));
+      launch("conv1d_silu", &conv1d_kernel<T, K>, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
+             weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
+             batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
+             u.row_stride);
     };
     switch (weight.dim(1)) {
       case 2:

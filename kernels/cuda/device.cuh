@@ -118,6 +118,11 @@ __device__ __forceinline__ float stochastic(float v, uint32_t element) {
   return v;
 }
 
+/// Where `p`, which points into shared memory, lies in it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 /// 16 bytes of T, loaded or stored by one instruction.
 template <typename T>
 struct alignas(16) Vec16 {

@@ -1,48 +1,14 @@
-// Hopper's own instructions: barriers in shared memory that count bytes, tensor copies that
-// complete on them (TMA), and the products of a warpgroup (wgmma). Only for sm_90a.
+// Hopper's own instructions: clusters, tensor copies (TMA), and the products of a warpgroup
+// (wgmma). Only for sm_90a.
 #pragma once
 
 #include <cuda.h>  // CUtensorMap
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/mbarrier.cuh"
 
 namespace krait::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// ---- barriers -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-/// Makes barriers that were just set up known to the copy engine and to the cluster.
-__device__ __forceinline__ void mbarrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void mbarrier_expect(uint32_t bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(bar),
-      "r"(parity)
-      : "memory");
-}
 
 // ---- clusters -----------------------------------------------------------------------------------
 
@@ -84,12 +50,6 @@ __device__ __forceinline__ float4 load_from(uint32_t address, uint32_t rank) {
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-/// What is used once, L2 may drop first.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 __device__ __forceinline__ uint64_t evict_last_policy() {
   uint64_t policy;

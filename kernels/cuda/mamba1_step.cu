@@ -56,7 +56,6 @@
 //          microseconds); flags beside the data; parameters requested a layer ahead into registers
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
-#include <cstring>
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
@@ -934,7 +933,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
       mbarrier_init(ring.full + 8 * i, 1);
       mbarrier_init(ring.empty + 8 * i, kWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarrier_init_done();
   }
   auto* table = reinterpret_cast<StepLayer*>(shared + p.at.table);
   const int words = p.n_layer * static_cast<int>(sizeof(StepLayer) / 8);
@@ -1146,8 +1145,7 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
   p.most_channels = static_cast<int>(ceil_div(E, blocks));
   p.window_pitch = round_up(p.most_channels, 8) + 16;
   p.record = round_up(p.most_channels * kParams, 4);
-  p.state_type = state.front()[1].dtype;
-  p.n_seq = static_cast<int>(batch.n_seq);
+  set_inputs(p, weights, logits, ids, batch, state);
   if (blocks > kMaxBlocks ||
       !with_batch(p.n_seq, [&](auto b) { return lay_out<decltype(b)::value>(p, blocks); })) {
     return false;
@@ -1157,13 +1155,7 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     layers.push_back(pointers(weights.layers[i], state[i]));
   }
-  Plan* plan = nullptr;
-  for (const auto& known : plans_) {
-    if (known->layers.size() == layers.size() &&
-        std::memcmp(known->layers.data(), layers.data(), layers.size() * sizeof(StepLayer)) == 0) {
-      plan = known.get();
-    }
-  }
+  Plan* plan = find_plan(plans_, layers);
   if (plan == nullptr) {
     auto made = std::make_unique<Plan>();
     made->layers = layers;
@@ -1211,16 +1203,6 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
   p.exchange = plan->exchange;
   p.set_bytes = plan->set_bytes;
   p.launches = plan->launches;
-  p.embedding = weights.embedding.data;
-  p.head = weights.lm_head.data;
-  p.vocab_rows = static_cast<int>(weights.lm_head.dim(0));
-  p.norm_f = weights.norm_f.as<float>();
-  p.eps = weights.norm_eps;
-  p.mixer_eps = weights.mixer_norm_eps;
-  p.ids = ids.as<int32_t>();
-  p.slots = batch.slot.as<int32_t>();
-  p.logits = logits.as<float>();
-  p.logits_stride = logits.row_stride;
   const bool bf16 = l.in_proj.dtype == DType::bf16;
   return with_batch(p.n_seq, [&](auto b) {
     constexpr int B = decltype(b)::value;

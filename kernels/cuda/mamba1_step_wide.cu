@@ -41,7 +41,6 @@
 //          at a time and functions that are not inlined (no faster)
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
-#include <cstring>
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
@@ -787,7 +786,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
       mbarrier_init(ring.full + 8 * i, 1);
       mbarrier_init(ring.empty + 8 * i, kWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarrier_init_done();
   }
   auto* table = reinterpret_cast<StepLayer*>(shared + p.at.table);
   const int words = p.n_layer * static_cast<int>(sizeof(StepLayer) / 8);
@@ -906,13 +905,7 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     layers.push_back(pointers(weights.layers[i], state[i]));
   }
-  Plan* plan = nullptr;
-  for (const auto& known : plans_) {
-    if (known->layers.size() == layers.size() &&
-        std::memcmp(known->layers.data(), layers.data(), layers.size() * sizeof(StepLayer)) == 0) {
-      plan = known.get();
-    }
-  }
+  Plan* plan = find_plan(plans_, layers);
   const Mamba1Layer& l = weights.layers.front();
   if (plan == nullptr) {
     const int64_t E = l.D.dim(0);
@@ -957,18 +950,7 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
     plan = plans_.back().get();
   }
   StepParams p = plan->params;
-  p.embedding = weights.embedding.data;
-  p.head = weights.lm_head.data;
-  p.vocab_rows = static_cast<int>(weights.lm_head.dim(0));
-  p.norm_f = weights.norm_f.as<float>();
-  p.eps = weights.norm_eps;
-  p.mixer_eps = weights.mixer_norm_eps;
-  p.ids = ids.as<int32_t>();
-  p.slots = batch.slot.as<int32_t>();
-  p.n_seq = static_cast<int>(batch.n_seq);
-  p.logits = logits.as<float>();
-  p.logits_stride = logits.row_stride;
-  p.state_type = state.front()[1].dtype;
+  set_inputs(p, weights, logits, ids, batch, state);
   return plan->weight_type == DType::bf16 ? launch_step<__nv_bfloat16>(p, refused_, stream)
                                           : launch_step<__half>(p, refused_, stream);
 }

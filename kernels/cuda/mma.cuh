@@ -16,7 +16,7 @@ namespace krait::cuda {
 /// elements (g, 2q..) of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared) {
 #if __CUDA_ARCH__ >= 800
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t from = shared_address(shared);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shar
 /// The same, each matrix transposed: register m holds elements (2q.., g) of what lies there.
 __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* shared) {
 #if __CUDA_ARCH__ >= 800
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t from = shared_address(shared);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* sh
 
 /// The opposite of load_matrices: lane i gives the address where row i % 8 of matrix i / 8 goes.
 __device__ __forceinline__ void store_matrices(void* shared, const uint32_t (&r)[4]) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t to = shared_address(shared);
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])

@@ -1,9 +1,15 @@
 // What kernels share that stay on every multiprocessor for a whole decode step (mamba1_step.cu,
-// mamba1_step_wide.cu): bulk copies into shared memory with the barriers that count them, the share
-// of a block, and a launch of all blocks at once or not at all.
+// mamba1_step_wide.cu): bulk copies into shared memory, the share of a block, what a step is given,
+// and a launch of all blocks at once or not at all.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include <cstring>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/cuda/mbarrier.cuh"
+#include "kernels/ops.h"
 
 namespace krait::cuda {
 
@@ -23,38 +29,6 @@ struct alignas(2 * sizeof(T)) Two {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void mbarrier_expect(uint32_t bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(bar),
-      "r"(parity)
-      : "memory");
-}
-/// Weights are used once a step: L2 may drop them first.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t bar,
                                           uint64_t policy) {
   asm volatile(
@@ -78,6 +52,36 @@ __global__ void transpose_kernel(T* to, const T* from, int64_t n_rows, int64_t n
 
 [[nodiscard]] inline int round_up(int64_t n, int64_t to) {
   return static_cast<int>(ceil_div(n, to) * to);
+}
+
+/// The plan that was made for `layers`, compared byte by byte, or null.
+template <typename Plan, typename Layer>
+Plan* find_plan(const std::vector<std::unique_ptr<Plan>>& plans, const std::vector<Layer>& layers) {
+  for (const auto& plan : plans) {
+    if (plan->layers.size() == layers.size() &&
+        std::memcmp(plan->layers.data(), layers.data(), layers.size() * sizeof(Layer)) == 0) {
+      return plan.get();
+    }
+  }
+  return nullptr;
+}
+
+/// What Ops::mamba1_step is given, as far as every form of the kernel takes it.
+template <typename Params>
+void set_inputs(Params& p, const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+                const Batch& batch, std::span<const std::vector<Tensor>> state) {
+  p.embedding = weights.embedding.data;
+  p.head = weights.lm_head.data;
+  p.vocab_rows = static_cast<int>(weights.lm_head.dim(0));
+  p.norm_f = weights.norm_f.as<float>();
+  p.eps = weights.norm_eps;
+  p.mixer_eps = weights.mixer_norm_eps;
+  p.ids = ids.as<int32_t>();
+  p.slots = batch.slot.as<int32_t>();
+  p.n_seq = static_cast<int>(batch.n_seq);
+  p.logits = logits.as<float>();
+  p.logits_stride = logits.row_stride;
+  p.state_type = state.front()[1].dtype;
 }
 
 /// Launches `blocks` blocks that wait for each other, so all of them must be there, or none: false

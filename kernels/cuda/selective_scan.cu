@@ -120,9 +120,7 @@ __device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffU, 
 struct Gate {
   alignas(8) unsigned long long state;
 
-  __device__ __forceinline__ uint32_t at() const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(&state));
-  }
+  __device__ __forceinline__ uint32_t at() const { return shared_address(&state); }
   /// By one thread, before a block barrier.
   __device__ __forceinline__ void open(unsigned count) {
 #if __CUDA_ARCH__ >= 800

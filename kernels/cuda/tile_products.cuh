@@ -32,9 +32,6 @@ struct alignas(1024) Tile {
   T v[kCols / 64][kRows][64];
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 template <typename V>
 __device__ __forceinline__ V& shared_at(uint32_t address) {
   return *static_cast<V*>(__cvta_shared_to_generic(address));

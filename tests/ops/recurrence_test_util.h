@@ -28,6 +28,13 @@ inline void poison_free_slots(Values& state, const std::vector<int32_t>& slots, 
   }
 }
 
+/// The state of the sequences in `slots`, one after the other.
+inline Values of_slots(const Values& state, const std::vector<int32_t>& slots, int64_t width) {
+  Values v;
+  for (const int32_t slot : slots) append(v, rows(state, slot, slot + 1, width));
+  return v;
+}
+
 struct RecurrenceResult {
   Values y, state;
   DType type = DType::f32;  ///< of y

@@ -197,14 +197,10 @@ TEST_P(ScanRounding, IsStochasticInSteps) {
   EXPECT_TRUE(same_bits(run_scan(backend, c, data).state, got.state));
   const DType type = c.state;
   c.state = DType::f32;
-  const auto used = [&](const Values& state) {
-    Values v;
-    for (const int32_t slot : c.slots)
-      append(v, rows(state, slot, slot + 1, c.d_inner * c.d_state));
-    return v;
-  };
   if (c.lengths.front() == 1) {
-    expect_rounded_stochastically(used(got.state), used(run_scan(backend, c, data).state), type);
+    expect_rounded_stochastically(
+        of_slots(got.state, c.slots, c.d_inner * c.d_state),
+        of_slots(run_scan(backend, c, data).state, c.slots, c.d_inner * c.d_state), type);
   } else {  // after a prompt: once, to nearest
     EXPECT_TRUE(same_bits(got.state, nearest.state));
   }

@@ -198,13 +198,9 @@ TEST_P(SsdRounding, IsStochasticInSteps) {
   const SsdResult got = run_ssd(backend, c, data);
   const DType type = c.state;
   c.state = DType::f32;
-  const auto used = [&](const Values& state) {
-    const int64_t width = c.n_head * c.head_dim * c.d_state;
-    Values v;
-    for (const int32_t slot : c.slots) append(v, rows(state, slot, slot + 1, width));
-    return v;
-  };
-  expect_rounded_stochastically(used(got.state), used(run_ssd(backend, c, data).state), type);
+  expect_rounded_stochastically(
+      of_slots(got.state, c.slots, c.n_head * c.head_dim * c.d_state),
+      of_slots(run_ssd(backend, c, data).state, c.slots, c.n_head * c.head_dim * c.d_state), type);
 }
 
 std::vector<SsdCase> rounding_cases() {

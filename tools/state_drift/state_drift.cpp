@@ -13,8 +13,7 @@
 #include <cmath>
 #include <cstdio>
 #include <deque>
-#include <fstream>
-#include <iterator>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -82,10 +81,7 @@ int state_drift(const Flags& flags) {
   model.model = flags.model;
   const Session session = open_session(model, flags.device, CommonFlags{});
   const int64_t vocab = session.model->config().vocab_size;
-  std::ifstream file(flags.text, std::ios::binary);
-  if (!file) throw Error(ErrorKind::file, "cannot open " + flags.text);
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  std::vector<int32_t> ids = session.require_tokenizer().encode(text);
+  std::vector<int32_t> ids = session.require_tokenizer().encode(read_text(flags.text));
   ids.resize(std::min(ids.size(), static_cast<size_t>(flags.tokens) + 1));
   const int64_t n = std::ssize(ids) - 1;
   if (n < 10) throw Error(ErrorKind::usage, flags.text + " has fewer than ten tokens");
