@@ -63,5 +63,6 @@ function(krait_cuda_library)
   target_compile_options(krait_cuda PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;-Xcudafe=--diag_suppress=177>"
     "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${KRAIT_WERROR}>>:-Werror=all-warnings>")
+  target_compile_definitions(krait_cuda PRIVATE "$<$<BOOL:${KRAIT_RACECHECK}>:KRAIT_RACECHECK>")
   target_link_libraries(krait_cuda PUBLIC krait_base PRIVATE CUDA::cudart_static CUDA::cublasLt)
 endfunction()

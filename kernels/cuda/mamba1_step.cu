@@ -221,7 +221,7 @@ struct Ring {
   /// Every warp must release every piece.
   __device__ void release(int bytes) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * piece);
+    if (warp_arrives()) mbarrier_arrive(empty + 8 * piece);
     advance(place(bytes), bytes);
   }
 };
@@ -882,7 +882,7 @@ __device__ void consume(const Block<T, B>& b, Ring ring) {
     read_dbc(b, x_sums);
     if (n > 0) update_state(b, ring, w, small, odd, all_y, parity);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(b.small_empty + 8 * (l % 2));
+    if (warp_arrives()) mbarrier_arrive(b.small_empty + 8 * (l % 2));
 
     // 3
     gather(b, all_y, E, parity, [&](int s, int d, float4 y) { store4(b, s, d, y); });
@@ -927,11 +927,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   if (tid == 0) {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(small_full + 8 * i, 1);
-      mbarrier_init(small_full + 16 + 8 * i, kWarps);
+      mbarrier_init(small_full + 16 + 8 * i, kWarps * kWarpArrivals);
     }
     for (int i = 0; i < kPieces; ++i) {
       mbarrier_init(ring.full + 8 * i, 1);
-      mbarrier_init(ring.empty + 8 * i, kWarps);
+      mbarrier_init(ring.empty + 8 * i, kWarps * kWarpArrivals);
     }
     mbarrier_init_done();
   }

@@ -151,7 +151,7 @@ struct Ring {
   /// whole round ahead or behind and take one filling of a stage for another.
   __device__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * stage);
+    if (warp_arrives()) mbarrier_arrive(empty + 8 * stage);
     advance();
   }
   __device__ void advance() {
@@ -784,7 +784,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   if (tid == 0) {
     for (int i = 0; i < p.n_stage; ++i) {
       mbarrier_init(ring.full + 8 * i, 1);
-      mbarrier_init(ring.empty + 8 * i, kWarps);
+      mbarrier_init(ring.empty + 8 * i, kWarps * kWarpArrivals);
     }
     mbarrier_init_done();
   }

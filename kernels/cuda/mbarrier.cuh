@@ -6,6 +6,16 @@
 
 namespace krait::cuda {
 
+/// A warp arrives at a barrier by one lane, after __syncwarp: 32 arrivals would queue. racecheck
+/// takes only the lane that arrives for ordered, so under it (KRAIT_RACECHECK, tools/sanitize.sh)
+/// all do.
+#ifdef KRAIT_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ bool warp_arrives() { return threadIdx.x % 32 < kWarpArrivals; }
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {

@@ -37,6 +37,7 @@
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/mbarrier.cuh"
 #include "kernels/cuda/verbs.h"
 
 namespace krait::cuda {
@@ -121,8 +122,9 @@ struct Gate {
   alignas(8) unsigned long long state;
 
   __device__ __forceinline__ uint32_t at() const { return shared_address(&state); }
-  /// By one thread, before a block barrier.
-  __device__ __forceinline__ void open(unsigned count) {
+  /// By one thread, before a block barrier. `warps` of them arrive in a turn.
+  __device__ __forceinline__ void open(unsigned warps) {
+    const unsigned count = warps * kWarpArrivals;
 #if __CUDA_ARCH__ >= 800
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(count) : "memory");
 #else
@@ -132,7 +134,7 @@ struct Gate {
   /// By a whole warp, once a turn.
   __device__ __forceinline__ void arrive() {
     __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
+    if (!warp_arrives()) return;
 #if __CUDA_ARCH__ >= 800
     asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at()) : "memory");
 #else
