@@ -356,10 +356,12 @@ class Bench {
                  model.parameter_count(),
                  model.weight_dtype(),
                  DType::f32,
+                 "",
                  session.load_seconds};
     for (const std::string& state : flags_.dtypes.state) {
       device.state_dtype = state;
       row.model.state_dtype = device.ssm_dtype();
+      row.model.state_rounding = row.model.state_dtype == DType::f32 ? "" : device.state_rounding;
       Runner runner(session, flags_, row.model.state_dtype);
       for (const BenchTest& test : tests_) {
         row.test = test;

@@ -68,7 +68,8 @@ class MarkdownWriter final : public BenchWriter {
                                    fmt::format("{:.1f} M", static_cast<double>(m.parameters) / 1e6),
                                    machine_.backend,
                                    std::string(dtype_name(m.dtype)),
-                                   std::string(dtype_name(m.state_dtype)),
+                                   std::string(dtype_name(m.state_dtype)) +
+                                       (m.state_rounding == "stochastic" ? " stochastic" : ""),
                                    fmt::format("{}", r.test.n_batch),
                                    r.test.name()};
     if (!r.error.empty()) {
@@ -232,6 +233,7 @@ OrderedJson bench_json(const BenchMachine& machine, const BenchRow& row) {
                    {"model_n_params", m.parameters},
                    {"dtype", dtype_name(m.dtype)},
                    {"state_dtype", dtype_name(m.state_dtype)},
+                   {"state_rounding", m.state_rounding},
                    {"n_threads", machine.threads},
                    {"load_seconds", m.load_seconds},
                    {"test", row.test.name()},

@@ -48,6 +48,7 @@ struct BenchModel {
   int64_t parameters = 0;
   DType dtype = DType::f32;
   DType state_dtype = DType::f32;
+  std::string state_rounding;  ///< of a 16-bit state; "" where nothing is rounded
   double load_seconds = 0;
 };
 

@@ -137,6 +137,20 @@ TEST(Bench, ModelsAndTypesMultiply) {
   EXPECT_LT(bytes(5), bytes(1));
 }
 
+TEST(Bench, RowsSayHowTheStateIsRounded) {
+  const Args args{
+      "bench", "--device",      "cpu",           "-m",      tiny(), "-p", "0", "-n", "2", "-r",
+      "1",     "--no-ceilings", "--state-dtype", "f32,bf16"};
+  const Json nearest = run_json(args);
+  EXPECT_EQ(nearest[0]["state_rounding"], "");
+  EXPECT_EQ(nearest[1]["state_rounding"], "nearest");
+  const Json stochastic = run_json(args + Args{"--state-rounding", "stochastic"});
+  EXPECT_EQ(stochastic[0]["state_rounding"], "");
+  EXPECT_EQ(stochastic[1]["state_rounding"], "stochastic");
+  EXPECT_THAT(run_krait(args + Args{"--state-rounding", "stochastic", "-o", "md"}).out,
+              HasSubstr("| bf16 stochastic |"));
+}
+
 TEST(Bench, MarkdownTable) {
   const RunResult r =
       run_krait({"bench", "--device", "cpu", "-m", tiny(), "-p", "8", "-n", "4", "-r", "2"});

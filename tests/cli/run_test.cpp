@@ -549,6 +549,22 @@ TEST(RunSettings, DtypesAreUsed) {
   }
 }
 
+/// The same tokens twice, other ones than by the nearest value, and with an f32 state no
+/// difference.
+TEST(RunSettings, StateRoundingIsUsed) {
+  const Args args{"run", "-m", tiny(),       "--ids", "5,6,7",    "--device", "cpu",
+                  "-n",  "64", "--logprobs", "1",     "--greedy", "--json"};
+  const auto logprobs = [&](const char* dtype, const char* rounding) {
+    return json_out(args + Args{"--state-dtype", dtype, "--state-rounding", rounding})["logprobs"];
+  };
+  const Json stochastic = logprobs("bf16", "stochastic");
+  ASSERT_TRUE(stochastic.is_array() || stochastic.is_object());
+  EXPECT_EQ(stochastic, logprobs("bf16", "stochastic"));
+  EXPECT_NE(stochastic, logprobs("bf16", "nearest"));
+  EXPECT_EQ(logprobs("f32", "stochastic"), logprobs("f32", "nearest"));
+  EXPECT_EQ(run_krait(run_ids({"--state-rounding", "up"})).exit_code, 2);
+}
+
 TEST(RunSettings, AnAbsentDeviceIsAnErrorNotAFallback) {
   const RunResult r = run_krait(run_ids({"--device", "cuda:99"}));
   EXPECT_EQ(r.exit_code, 5);
