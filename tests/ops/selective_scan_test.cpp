@@ -70,10 +70,11 @@ ScanResult run_scan(Backend b, const ScanCase& c, const ScanData& data) {
   return {d.read(y), d.read(state), T};
 }
 
-/// The recurrence in float64, token by token; the state is rounded once, at the end.
-ScanResult oracle(const ScanCase& c, const ScanData& d) {
+/// The recurrence token by token in arithmetic of type Real; the state is rounded once, at the end.
+template <typename Real>
+ScanResult plain_loop(const ScanCase& c, const ScanData& d) {
   const auto at = [](const Values& v, int64_t i) {
-    return static_cast<double>(v[static_cast<size_t>(i)]);
+    return static_cast<Real>(v[static_cast<size_t>(i)]);
   };
   ScanResult r{Values(d.x.size(), kNan), d.state, DType::f32};
   int64_t begin = 0;
@@ -81,16 +82,16 @@ ScanResult oracle(const ScanCase& c, const ScanData& d) {
     const int64_t end = begin + c.lengths[s];
     for (int64_t e = 0; e < c.d_inner && c.slots[s] >= 0; ++e) {
       const int64_t h0 = (c.slots[s] * c.d_inner + e) * c.d_state;
-      std::vector<double> h;
+      std::vector<Real> h;
       for (int64_t n = 0; n < c.d_state; ++n) h.push_back(at(d.state, h0 + n));
       for (int64_t t = begin; t < end; ++t) {
-        const double v = at(d.dt, t * c.d_inner + e) + at(d.dt_bias, e);
-        const double dt = v > 20 ? v : std::log1p(std::exp(v));
-        const double x = at(d.x, t * c.d_inner + e);
-        const double z = at(d.z, t * c.d_inner + e);
-        double y = at(d.D, e) * x;
+        const Real v = at(d.dt, t * c.d_inner + e) + at(d.dt_bias, e);
+        const Real dt = v > 20 ? v : std::log1p(std::exp(v));
+        const Real x = at(d.x, t * c.d_inner + e);
+        const Real z = at(d.z, t * c.d_inner + e);
+        Real y = at(d.D, e) * x;
         for (int64_t n = 0; n < c.d_state; ++n) {
-          double& hn = h[static_cast<size_t>(n)];
+          Real& hn = h[static_cast<size_t>(n)];
           hn = std::exp(dt * at(d.A, e * c.d_state + n)) * hn + dt * at(d.B, t * c.d_state + n) * x;
           y += at(d.C, t * c.d_state + n) * hn;
         }
@@ -106,6 +107,8 @@ ScanResult oracle(const ScanCase& c, const ScanData& d) {
   }
   return r;
 }
+
+ScanResult oracle(const ScanCase& c, const ScanData& d) { return plain_loop<double>(c, d); }
 
 void expect_near(const ScanCase& c, const ScanData& data, const ScanResult& got,
                  const ScanResult& want, double y_limit, double state_limit) {
@@ -228,8 +231,8 @@ OPS_TEST_ALL_BACKENDS(ScanRounding, ::testing::ValuesIn(rounding_cases()));
 
 std::vector<ScanCase> length_cases() {
   std::vector<ScanCase> cases;
-  for (const int32_t n : {1,   2,   3,   4,   5,   31,  32,  33,  63,  64,  65,   127,  128,
-                          129, 191, 192, 193, 223, 224, 225, 255, 256, 257, 2047, 2048, 2049}) {
+  for (const int32_t n : {1,   2,   3,   4,   5,   31,  32,  33,  63,  64,   65,   127,  128, 129,
+                          191, 192, 193, 223, 224, 225, 255, 256, 257, 2047, 2048, 2049, 4096}) {
     cases.push_back({.name = fmt::format("L{}", n), .d_inner = 19, .lengths = {n}});
     cases.push_back(
         {.name = fmt::format("L{}_state7", n), .d_inner = 5, .d_state = 7, .lengths = {n}});
@@ -259,6 +262,109 @@ TEST_P(ScanRange, EqualsFloat64) {
 }
 
 OPS_TEST_ALL_BACKENDS(ScanRange, ::testing::ValuesIn(range_cases()));
+
+/// One dt (after softplus) and one decay exp(dt * A) for all tokens and states.
+struct ErrorCase {
+  std::string name;
+  int64_t d_inner = 0;
+  int64_t d_state = 0;
+  int32_t length = 0;
+  double dt = 0;
+  double decay = 0;
+};
+
+void PrintTo(const ErrorCase& c, std::ostream* os) { *os << c.name; }
+
+std::vector<ErrorCase> error_cases() {
+  std::vector<ErrorCase> cases;
+  const auto add = [&](int64_t d_inner, int64_t d_state, int32_t length) {
+    for (const double dt : {1e-4, 1.0, 100.0}) {
+      for (const double decay : {1 - 1e-6, 0.5, 1e-6}) {
+        std::string name = fmt::format("L{}_state{}_dt{:.0e}_decay{}", length, d_state, dt,
+                                       decay > 0.9   ? "slow"
+                                       : decay > 0.1 ? "half"
+                                                     : "fast");
+        std::erase_if(name, [](char ch) { return ch == '-' || ch == '+'; });
+        cases.push_back({name, d_inner, d_state, length, dt, decay});
+      }
+    }
+  };
+  for (const int64_t n : {4, 16, 256}) {
+    for (const int32_t length : {1, 2, 3, 4, 5, 65}) add(256, n, length);
+  }
+  for (const int64_t n : {4, 16}) add(32, n, 4096);
+  add(4, 16, 100000);
+  return cases;
+}
+
+class ScanError : public ::testing::TestWithParam<std::tuple<Backend, ErrorCase>> {};
+
+TEST_P(ScanError, IsAtMostTwiceThatOfAFloat32Loop) {
+  const auto& [backend, e] = GetParam();
+  const ScanCase c{
+      .name = e.name, .d_inner = e.d_inner, .d_state = e.d_state, .lengths = {e.length}};
+  ScanData data = scan_data(c, DType::f32);
+  const double before = e.dt > 20 ? e.dt : std::log(std::expm1(e.dt));  // softplus
+  RangeCase{e.name, static_cast<float>(before), static_cast<float>(e.decay)}.apply(
+      data.dt, data.dt_bias, data.A);
+  const ScanResult want = oracle(c, data);
+  const ScanResult plain = plain_loop<float>(c, data);
+  const ScanResult got = run_scan(backend, c, data);
+  const int64_t width = c.d_inner * c.d_state;
+  const auto rms = [](const Values& a, const Values& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); ++i) sum += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    return std::sqrt(sum / static_cast<double>(a.size()));
+  };
+  const auto expect = [&](const Values& g, const Values& p, const Values& w, const char* what) {
+    // What a float32 of this size can't say, for where the loop happens to meet it exactly.
+    const double ulp = std::ldexp(rms(w, Values(w.size(), 0.0F)), -24);
+    EXPECT_LE(rms(g, w), 2 * rms(p, w) + ulp) << what << "; the loop " << rms(p, w);
+  };
+  expect(got.y, plain.y, want.y, "y");
+  expect(of_slots(got.state, c.slots, width), of_slots(plain.state, c.slots, width),
+         of_slots(want.state, c.slots, width), "state");
+}
+
+OPS_TEST_ALL_BACKENDS(ScanError, ::testing::ValuesIn(error_cases()));
+
+// Rows past 2^31 elements of x, dt, z and y: the second sequence lies there.
+TEST(ScanLong, SlowGpuPast2To31Elements) {
+  constexpr int64_t kWide = 32768;
+  constexpr int32_t kBefore = 65537;
+  const ScanCase c{.name = "far", .d_inner = kWide, .lengths = {5}, .weights = DType::bf16};
+  const ScanData data = scan_data(c, DType::bf16);
+  const ScanResult near = run_scan(Backend::gpu, c, data);
+
+  Device d(Backend::gpu);
+  const Batch batch = d.batch({kBefore, c.lengths[0]}, {0, c.slots[0]});
+  std::vector<Buffer> buffers;
+  const auto put = [&](const Values& v, int64_t width) {
+    Tensor all(nullptr, DType::bf16, {batch.n_tok, width});
+    buffers.push_back(d.op.allocate(all.bytes(), "rows past 2^31 elements"));
+    all.data = buffers.back().data();
+    d.op.zero(all.data, all.bytes());
+    const Tensor last = d.tensor(v, {c.lengths[0], width}, DType::bf16);
+    d.op.copy(all.rows(kBefore, c.lengths[0]).data, last.data, last.bytes());
+    return all;
+  };
+  ScanInputs in;
+  in.x = put(data.x, kWide);
+  in.dt = put(data.dt, kWide);
+  in.z = put(data.z, kWide);
+  in.B = put(data.B, c.d_state);
+  in.C = put(data.C, c.d_state);
+  in.A = d.tensor(data.A, {kWide, c.d_state});
+  in.D = d.tensor(data.D, {kWide});
+  in.dt_bias = d.tensor(data.dt_bias, {kWide});
+  Values start = data.state;  // slot 0 begins with zeros
+  std::fill_n(start.begin(), kWide * c.d_state, 0.0F);
+  const Tensor state = d.tensor(start, {kSlots, kWide, c.d_state});
+  d.op.selective_scan(in.x, in, state, batch);
+  EXPECT_TRUE(near_std(d.read(in.x.rows(kBefore, c.lengths[0])), near.y, 1e-5));
+  EXPECT_TRUE(near_std(of_slots(d.read(state), c.slots, kWide * c.d_state),
+                       of_slots(near.state, c.slots, kWide * c.d_state), 1e-5));
+}
 
 class ScanCuts : public ::testing::TestWithParam<std::tuple<Backend, CutCase>> {};
 
