@@ -88,8 +88,6 @@ template <int B>
 constexpr int kSide = 8 / B;
 template <int B>
 constexpr int kGroups = kMaxChannels / 8 / kSide<B>;
-// The last tile of x_proj may be read beyond its end.
-constexpr int kOverread = 128;
 constexpr int kWarpPitch = 64 + 2;  // of the warps' shares of a sum, in floats
 
 // A share of a sum: 1 in the top byte, the count of shares, and below it the value in units of
@@ -456,14 +454,15 @@ __device__ __forceinline__ void add_x_proj(const Block<T, B>& b, Ring& ring,
 #pragma unroll 1
   for (int t = warp; t * 16 < J; t += kWarps) {
     float acc[4] = {};
+    // Of a last tile with less than 16 columns, what lies beyond them is not used.
+    const int column_at = min(t * 32 + lane / 8 % 2 * 16, pitch - 16);
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
       if (k * 16 >= n) break;
       const uint2 column =
           *reinterpret_cast<const uint2*>(b.x + group % B * kChannelPitch + k * 16 + quarter * 4);
       uint32_t a[4];
-      load_transposed(a, piece + min(k * 16 + lane % 8 + lane / 16 * 8, n - 1) * pitch + t * 32 +
-                             lane / 8 % 2 * 16);
+      load_transposed(a, piece + min(k * 16 + lane % 8 + lane / 16 * 8, n - 1) * pitch + column_at);
       multiply_add<T>(acc, a, group < B ? column.x : 0, group < B ? column.y : 0);
     }
 #pragma unroll
@@ -1051,7 +1050,7 @@ bool lay_out(StepParams& p, int blocks) {
   next = round_up(next, 128);
   at.small = place(2 * at.small_bytes);
   at.ring = round_up(next, 128);
-  at.ring_bytes = (shared_limit - kOverread - at.ring) / 128 * 128;
+  at.ring_bytes = (shared_limit - at.ring) / 128 * 128;
   const auto rows_of = [&](int n_columns) {
     int rows = 8;
     while (rows > 1 && rows * (2 * n_columns + 16) > kMostPiece) rows /= 2;
@@ -1208,7 +1207,7 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
     constexpr int B = decltype(b)::value;
     return launch_together(
         bf16 ? &mamba1_step_kernel<__nv_bfloat16, B> : &mamba1_step_kernel<__half, B>, blocks,
-        kThreads + 32, p.at.ring + p.at.ring_bytes + kOverread, p, refused_, stream);
+        kThreads + 32, p.at.ring + p.at.ring_bytes, p, refused_, stream);
   });
 }
 
