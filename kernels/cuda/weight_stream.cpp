@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/verbs.h"
@@ -11,6 +12,9 @@ namespace krait::cuda {
 void WeightStream::start() {
   if (stream_ != nullptr) return;
   KRAIT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  constexpr int kReaders = 8;
+  readers_ = std::make_unique<ThreadPool>(
+      std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kReaders));
   for (Stage& s : stages_) {
     KRAIT_CUDA(cudaMallocHost(&s.pinned, kChunkBytes));
     KRAIT_CUDA(cudaMalloc(&s.device, kChunkBytes));
@@ -27,9 +31,8 @@ void WeightStream::copy(void* dst, DType dtype, const Tensor& src) {
     const size_t bytes = static_cast<size_t>(n) * from_size;
     Stage& stage = stages_[next_++ % stages_.size()];
     KRAIT_CUDA(cudaEventSynchronize(stage.done));
-    std::memcpy(stage.pinned,
-                static_cast<const std::byte*>(src.data) + static_cast<size_t>(i) * from_size,
-                bytes);
+    fill(stage.pinned, static_cast<const std::byte*>(src.data) + static_cast<size_t>(i) * from_size,
+         bytes);
     void* to = static_cast<std::byte*>(dst) + static_cast<size_t>(i) * itemsize(dtype);
     if (dtype == src.dtype) {
       KRAIT_CUDA(cudaMemcpyAsync(to, stage.pinned, bytes, cudaMemcpyHostToDevice, stream_));
@@ -42,8 +45,19 @@ void WeightStream::copy(void* dst, DType dtype, const Tensor& src) {
   }
 }
 
+void WeightStream::fill(void* pinned, const std::byte* from, size_t bytes) {
+  constexpr int64_t kPart = int64_t{1} << 20;  // bytes
+  const auto n = static_cast<int64_t>(bytes);
+  readers_->parallel_for((n + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * kPart;
+    std::memcpy(static_cast<std::byte*>(pinned) + at, from + at,
+                static_cast<size_t>(std::min(n, end * kPart) - at));
+  });
+}
+
 void WeightStream::finish() {
   if (stream_ == nullptr) return;
+  readers_.reset();
   KRAIT_CUDA(cudaStreamSynchronize(stream_));
   for (Stage& s : stages_) {
     cudaFreeHost(s.pinned);
