@@ -549,7 +549,7 @@ TEST(RunSettings, DtypesAreUsed) {
   }
 }
 
-/// The same tokens twice, other ones than by the nearest value, and with an f32 state no
+/// The same twice, not the same as by the nearest value, and with a state in f32 no
 /// difference.
 TEST(RunSettings, StateRoundingIsUsed) {
   const Args args{"run", "-m", tiny(),       "--ids", "5,6,7",    "--device", "cpu",
