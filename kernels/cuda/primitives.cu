@@ -108,11 +108,12 @@ __global__ void exchange_rounds(unsigned* counter, float* vectors, float* sink, 
 
 /// Sums over all blocks that say themselves when they are complete: every block adds its share and
 /// a count of one in the top byte to each of n words (in one of kCopies copies), then reads the
-/// words until the count is that of the blocks. Two sets of words take turns; differences to the
-/// last use spare setting them to zero. `rounds` is even.
+/// words until the count is that of the blocks, at first `pause` cycles later: looks that come too
+/// soon are in the way of the shares. Two sets of words take turns; differences to the last use
+/// spare setting them to zero. `rounds` is even.
 template <int kCopies>
 __global__ void __launch_bounds__(512, 1)
-    sum_rounds(unsigned long long* words, float* sink, int n, int rounds) {
+    sum_rounds(unsigned long long* words, float* sink, int n, unsigned pause, int rounds) {
 #if __CUDA_ARCH__ >= 700
   constexpr int kCountBit = 56;
   constexpr int kPer = 2;  // words of a thread: n <= kPer * 512
@@ -128,6 +129,9 @@ __global__ void __launch_bounds__(512, 1)
                          set + static_cast<int64_t>(blockIdx.x % kCopies) * n + e),
                      "l"((1ULL << kCountBit) + value % 1024)
                      : "memory");
+      }
+      const auto added = static_cast<unsigned>(clock());
+      while (static_cast<unsigned>(clock()) - added < pause) {
       }
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
@@ -328,12 +332,16 @@ class Primitives {
       }
     }
     auto* words = static_cast<unsigned long long*>(scratch_);
-    for (const int n : {80, 192, 768}) {
+    for (const int n : {80, 192, 768, 1024}) {
       const std::string name = "exchange of " + std::to_string(n) + " sums over the blocks, ";
       add(name + "one copy",
-          round_us([&](int r) { cooperative(sum_rounds<1>, 512, words, vectors, n, r); }), "us");
-      add(name + "four copies",
-          round_us([&](int r) { cooperative(sum_rounds<4>, 512, words, vectors, n, r); }), "us");
+          round_us([&](int r) { cooperative(sum_rounds<1>, 512, words, vectors, n, 0, r); }), "us");
+      for (const int pause : {0, 600, 900}) {
+        add(name + "four copies" +
+                (pause == 0 ? "" : ", first look after " + std::to_string(pause) + " cycles"),
+            round_us([&](int r) { cooperative(sum_rounds<4>, 512, words, vectors, n, pause, r); }),
+            "us");
+      }
     }
     for (const int n : {768, 1536, 2560, 5120}) {
       add("exchange of " + std::to_string(n) + " floats that carry a parity",
