@@ -182,6 +182,13 @@ INSTANTIATE_TEST_SUITE_P(
                  .dt_rank = 48,
                  .n_layer = 4,
                  .vocab_rows = 50280},
+        StepCase{.name = "shape_of_370m",
+                 .d_model = 1024,
+                 .d_inner = 2048,
+                 .dt_rank = 64,
+                 .n_layer = 3,
+                 .vocab_rows = 5000,
+                 .slots = {8}},
         StepCase{.name = "shape_of_130m_by_8",
                  .d_model = 768,
                  .d_inner = 1536,
@@ -230,24 +237,27 @@ INSTANTIATE_TEST_SUITE_P(
 // Sums over the blocks are integers, which know no infinity: what doesn't fit must still come out
 // as no number, in its own sequence and nowhere else.
 TEST(Mamba1StepGpu, WhatIsNoNumberStaysNoNumber) {
-  const StepCase c{.name = "two", .slots = {3, 0}};
-  const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-  const auto ids = random_ids(2, gpu.model->config().vocab_size, 1);
-  const auto clean = Rig(*gpu.op, c, *gpu.model).feed(ids, true, c.slots);
-  const auto half = static_cast<ptrdiff_t>(clean.size() / 2);
-  for (const float bad :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
-    Rig rig(*gpu.op, c, *gpu.model);
-    rig.set_window(3, bad);
-    const auto first = rig.feed(ids, true, c.slots);
-    EXPECT_TRUE(std::none_of(first.begin(), first.begin() + half, [](float v) {
-      return std::isfinite(v);
-    })) << bad;
-    EXPECT_TRUE(std::equal(first.begin() + half, first.end(), clean.begin() + half)) << bad;
-    // The state is no number any more.
-    const auto second = rig.feed(ids, true, c.slots);
-    EXPECT_FALSE(std::isfinite(second.front())) << bad;
-    EXPECT_TRUE(std::isfinite(second.back())) << bad;
+  for (const StepCase& c :
+       {StepCase{.name = "two", .slots = {3, 0}}, StepCase{.name = "one", .slots = {3}}}) {
+    const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
+    const auto ids = random_ids(c.slots.size(), gpu.model->config().vocab_size, 1);
+    const auto clean = Rig(*gpu.op, c, *gpu.model).feed(ids, true, c.slots);
+    const auto width = static_cast<ptrdiff_t>(clean.size() / c.slots.size());
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
+      Rig rig(*gpu.op, c, *gpu.model);
+      rig.set_window(3, bad);
+      const auto first = rig.feed(ids, true, c.slots);
+      EXPECT_TRUE(std::none_of(first.begin(), first.begin() + width,
+                               [](float v) { return std::isfinite(v); }))
+          << c.name << ' ' << bad;
+      EXPECT_TRUE(std::equal(first.begin() + width, first.end(), clean.begin() + width))
+          << c.name << ' ' << bad;
+      // The state is no number any more.
+      const auto second = rig.feed(ids, true, c.slots);
+      EXPECT_FALSE(std::isfinite(second.front())) << c.name << ' ' << bad;
+      EXPECT_EQ(std::isfinite(second.back()), c.slots.size() > 1) << c.name << ' ' << bad;
+    }
   }
 }
 
