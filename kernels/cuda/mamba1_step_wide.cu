@@ -1,44 +1,59 @@
 // mamba1_step_wide.cu - a decode step of a whole Mamba-1 model for up to 8 sequences, in one
-// launch: the form for wide models at batch 4 and 8, which leave too little shared memory for
-// mamba1_step.cu. Where that waits for the data themselves, this has grid-wide barriers.
+// launch: the form for models of which a layer doesn't fit into the ring of mamba1_step.cu.
 //
-// At batch 1 a step reads every weight once and computes next to nothing: the floor is the time to
-// stream the weights. Kernel by kernel the stream stops at each end of a kernel. Here it never
-// does: one block per SM stays for the whole step, and its producer warp walks through all the
-// weights that the block will ever need, layer by layer, copying them into a ring in shared memory
-// as fast as the ring empties. What the other warps have to wait for - the other blocks, three
-// times a layer - costs only latency, and the ring holds the weights of 5 to 9 microseconds.
+// As there, one block per SM stays for the whole step. Its producer warp walks through all the
+// weights that the block will ever need and copies them into a ring in shared memory as fast as the
+// ring empties; what the other warps have to wait for - the other blocks, three times a layer -
+// costs nothing as long as the ring isn't full. So what is exchanged takes none of the ring's room,
+// and nobody waits for a fence. A block owns a run of channels (its rows of in_proj for x and z,
+// their convolution and state), a run of the rows of out_proj, and a run of the vocabulary. Per
+// layer, with f the scale of the norm before and w the norm's weights:
 //
-// A block owns a run of channels (its rows of in_proj for x and z, their convolution and state),
-// a run of the rows of out_proj, and a run of the vocabulary. Per layer:
+//   1. v = in_proj_x u; x = silu(conv(v * scale / f)) of the own channels, scale from the squares
+//      of all blocks; the own channels' share of x_proj x goes to a sum over all blocks;
+//      z = in_proj_z u while the shares are on their way                    | dt_low, B, C
+//   2. dt = softplus(dt_proj dt_low + bias); state update; y of the own channels          | y
+//   3. residual += out_proj y, of the own rows; u = residual * f * w of these, rounded, and the sum
+//      of their squares                                                    | u, squares
 //
-//   1. u = norm(residual); xz = in_proj u, of the own channels; x = silu(conv(x));
-//      the own channels' share of x_proj x is added to a sum over all blocks     | barrier
-//   2. dt = softplus(dt_proj dt_low + bias); state update; y of the own channels | barrier
-//   3. residual += out_proj y, of the own rows                                   | barrier
+// and in the end logits = lm_head u * scale / f. Scaling by f keeps u within f16; whoever reads u
+// does no more to it.
 //
-// and in the end logits = lm_head norm_f(residual).
+// Exchanges. u and y are exchanged in the weights' type, two neighbours a word, laid out as the
+// tensor cores take them: a lane reads 16 bytes for each 32 columns of one sequence, from L2 into
+// the registers that hold them during the product. Half the bytes of f32, no copy in shared memory.
+// What is exchanged says itself whether it is there: a place is kAbsent before, two numbers that
+// are not a number as no rounding leaves them. Two buffers take turns from layer to layer; a warp
+// of each block empties its places in the one that all have read (empty_places() says when that
+// is). A fence follows, so that they are empty before the block publishes anything more, hence
+// before anybody looks there again; the other warps don't wait for that fence, which takes
+// microseconds while weights stream. Two sets of buffers take turns from step to step: a step
+// empties that of the next.
+//   The sums of x_proj are as in mamba1_step.cu: integers, a share its value in fixed point with a
+// count of one in the top byte; readers take the difference to the sum of the layer before, until
+// the count is that of the blocks. Nothing depends on the order in which things arrive, so a step
+// gives the same bits each time. All blocks are resident (cooperative launch), so every wait ends.
 //
-// The sum over blocks is taken in 64-bit fixed point (a unit is 2^-40): integer sums don't depend
-// on their order, so a step gives the same bits each time. Values beyond 2^23 would overflow;
-// dt_low, B and C are of order 1 to 100.
+// Products: 8 rows of a weight against 8 columns, one per sequence, on the tensor cores
+// (mma.m16n8k16, the weights in place of B). A warp has the columns (warp + 16 i) * 32 .. + 31 of
+// every matrix. The warps' shares are summed through shared memory; there are four block-wide
+// barriers a layer. dt_proj dt_low takes dt_low as the sum of two numbers of the weights' type,
+// which is as good as f32.
 //
-// Products: 16 rows of a weight against 8 columns, one per sequence, on the tensor cores
-// (mma.m16n8k16). For one sequence 7 of 8 columns are wasted, which costs nothing: weights arrive
-// at 23 GB/s per SM. A warp reads 16 bytes of a row at a time, 8 neighbouring weights, and takes
-// them as the k indices that the instruction wants; the activations are read the same way, so the
-// order of k inside a product differs from memory's, the sum doesn't.
-//
-// Launch   cooperative, one block per SM: 16 consumer warps and the producer
-// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in supports() of mamba1_step.cu
-// Bytes    the weights, and state read and written, once
-// Measured H100 80GB HBM3, bf16, f32 state, batch 1, cycles of a layer at 1.9 GHz, 130m / 2.8b
-// (phase
-//          1, 2, 3 with the wait that ends each): 10,300 / 40,000, 5,100 / 6,300, 7,700 / 20,900.
-//          The products of 2.8b run at 2.6 TB/s; 130m is bound by the latency of its 14 block-wide
-//          steps a layer. Tried and dropped: a warp for each stage instead of all (batch 8 3%
-//          faster, batch 1 4% slower), 3 to 12 stages on their way (no difference), several stages
-//          at a time and functions that are not inlined (no faster)
+// Launch   cooperative, one block per SM: 16 consumer warps, the producer, and empty_places()
+// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in supports() of mamba1_step.cu and
+//          in run() below; else the verbs
+// Memory   besides the weights: x_proj transposed, and the channels' small parameters side by side,
+//          100 bytes a channel and layer
+// Errors   what is no number, and shares of a sum beyond 2^15, come out as NaN
+// Bytes    the weights, and state read and written, once; from L2, blocks * n_seq * 2 * (d_model +
+//          d_inner) a layer
+// Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 1.4b 923, 1,688, 3,168,
+//          6,145; 2.8b 1,705 and 3,321 (4, 8); with grid barriers, and activations in shared
+//          memory, 2.8b 2,390 at batch 8. What mattered there: no local memory, which doesn't fit
+//          into L1 beside the ring, and fences beside the other warps, not among them (the end of
+//          phase 3 took 6,500 cycles with a fence). Pieces of 1,024 columns were 1% slower, of
+//          2,560 3%; 34 KB on their way at once 6 to 15%, 84 and more 1 to 5%
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 
@@ -53,774 +68,1124 @@ namespace {
 
 constexpr int kWarps = 16;  // consumers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 16;      // of a block of rows: the m of the tensor core
-constexpr int kColumns = 512;  // of a stage of the ring
-// 64 bytes of padding put neighbouring rows into different halves of the banks.
-constexpr int kPitch = kColumns * 2 + 64;
-constexpr int kStageBytes = kRows * kPitch;
-constexpr int kMaxStages = 16;
-constexpr int kState = 16;  // d_state
-constexpr int kConv = 4;    // d_conv
-constexpr int kLanes = 8;   // that share a channel in phase 2
-constexpr int kMaxChannels = kThreads / kLanes;
-[[maybe_unused]] constexpr float kFixedOne = 1099511627776.0F;  // 2^40
-// Sums of x_proj are set to zero one layer before they are used, which is late enough to find them
-// in L2 then, and two layers after they were used last.
-constexpr int kSums = 3;
+constexpr int kAllThreads = kThreads + 64;  // with the producer and the warp of empty_places()
+constexpr int kRows = 8;                    // of a piece of a matrix
+constexpr int kSpan = 32 * kWarps;          // columns of a matrix of which each warp has 32
+constexpr int kSpans = 3;                   // of a piece
+constexpr int kHeld = 10;                   // spans of which a thread has its part in registers
+constexpr int kPieces = 32;                 // of the ring on their way or in use at once
+// Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
+// others, and the slowest is whom all wait for.
+constexpr int kMostFlying = 50 << 10;
+constexpr int kState = 16;                // d_state
+constexpr int kConv = 4;                  // d_conv
+constexpr int kSeqs = 8;                  // there is room for
+constexpr int kMaxChannels = 4 * kWarps;  // of a block: 8 a pair of warps in the state update
+constexpr int kMaxRows = 32;              // of out_proj of a block: a lane each
+constexpr int kTiles = kMaxChannels / 16;
+constexpr int kChannelPitch = kMaxChannels + 16;
+[[maybe_unused]] constexpr uint32_t kAbsent = 0xffffffffU;
 
-/// Rows whose products are summed over the warps together; then a thread has one output at most.
-constexpr int kPassRows = 64;
-static_assert(kPassRows * 8 <= kThreads && kMaxChannels <= kPassRows);
-
-/// Floats for the warps' shares of a sum.
+// Of the warps' shares of the sums of 8 rows, in floats: row r of sequence s at s * 8 + r, and from
+// a warp, and from 8 rows, to the next; 4 times 8 rows lie in different banks.
 template <int B>
-constexpr int kScratchFloats = std::max(4096, kPassRows* kWarps* B);
+constexpr int kWarpPitch = B* kRows + 2;
+template <int B>
+constexpr int kGroupPitch = kWarps* kWarpPitch<B> + kRows;
+
+// A share of a sum: 1 in the top byte, the count of shares, and below it the value in units of
+// 2^-25 plus a bias that makes it positive. What lies beyond 2^15 or is no number adds so much that
+// no sum of values reaches it, nor any number of such shares the count.
+constexpr int kMaxBlocks = 180;
+constexpr int kSquares = 3;  // sums of squares that a lane reads
+static_assert(kSquares * 4 * kWarps >= kMaxBlocks);
+constexpr int kCountBit = 56;
+constexpr unsigned long long kCountOne = 1ULL << kCountBit;
+[[maybe_unused]] constexpr float kFixedOne = 33554432.0F;  // 2^25
+[[maybe_unused]] constexpr float kFixedRange = 32768.0F;   // 2^15
+constexpr unsigned long long kBias = 1ULL << 40;           // kFixedOne * kFixedRange
+constexpr unsigned long long kNoNumber = kMaxBlocks * 2 * kBias + 1;
+static_assert(kMaxBlocks * kNoNumber < kCountOne);
+
+/// Neighbouring channels, or rows, are exchanged together.
+struct PairRun : Run {
+  __host__ __device__ PairRun(int total, int b, int blocks) : Run(total / 2, b, blocks) {
+    begin *= 2;
+    n *= 2;
+  }
+};
 
 struct StepLayer {
-  const void *in_proj, *x_proj_t, *dt_proj, *out_proj;  // x_proj_t [E, R + 2N]: transposed
-  const float *norm, *in_bias, *conv, *conv_bias, *dt_bias, *A, *D, *out_bias;
+  const void *in_proj, *x_proj_t, *dt_proj, *out_proj;  // x_proj_t [E, proj_pitch]: transposed
   void *conv_state, *ssm_state;
 };
 
-/// Where things lie in shared memory, in bytes; pitches in elements.
+/// What a block needs of a layer besides matrices and states. For each of its channels: where it
+/// lies in the block's record, in units of its number of channels. Then, for each of its rows of
+/// out_proj, the weight of the next norm; then the bias.
+enum Param {
+  kConvWeight = 0,
+  kA = kConv,  // times log2(e)
+  kConvBias = kA + kState,
+  kXBias,
+  kZBias,
+  kDtBias,
+  kD,
+  kParams
+};
+
+/// Where things lie in shared memory, in bytes (windows: from `small` on); pitches in elements.
 struct Layout {
-  int slots, table, activations, activation_pitch, xz, xz_pitch, residual, residual_pitch, dbc,
-      sums, scale, scratch, ring;
+  int held, own, table, x, dbc, low, low_pitch, residual, squares, scale, shares, shares_bytes,
+      small, small_bytes, windows, ring, ring_bytes;
 };
 
 struct StepParams {
   const StepLayer* layers;
-  int n_layer, d_model, d_inner, dt_rank, n_proj, vocab_rows;  // n_proj = dt_rank + 2 * kState
+  const float* records;  // [n_layer][blocks], each block's 16-byte aligned
+  int record;            // floats
+  int n_layer, d_model, d_inner, dt_rank, n_proj, proj_pitch, vocab_rows;
   const void *embedding, *head;
-  const float* norm_f;
+  const float *norm, *norm_f;  // of layer 0, of the head
   float eps, mixer_eps;
   const int32_t *ids, *slots;
   int n_seq;
   float* logits;
   int64_t logits_stride;
-  float* residual;          // [8, d_model]
-  void* y;                  // T [8, d_inner]
-  unsigned long long* dbc;  // [kSums, 8, n_proj]: layer l has sums l % kSums; the first are zero
-  unsigned* barrier;        // arrivals ever; arrivals at the start of the step
+  // [2 sets][x_proj: u64 [8][n_proj], [2 buffers][u: uint4 [d_model / 32][8][4], y: uint4
+  // [d_inner / 32][8][4], squares: f32 [blocks][8]]]
+  char* exchange;
+  int64_t set_bytes, buffer_bytes;
+  unsigned* launches;
   DType state_type;
-  int n_stage;
+  int most_channels, most_rows;
+  int window_pitch;  // of what the convolution remembers, elements
+  int groups;        // of 8 rows, whose sums over the warps there is room for
   Layout at;
+};
+
+/// What is a block's.
+struct Own {
+  PairRun channels, rows;  // of d_inner, d_model
+  Run words;               // of the vocabulary
+  unsigned live;           // bit n: there is a sequence n
+  int slot[kSeqs];
+  char* set;  // of what is exchanged in this step
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// ---- PTX ----------------------------------------------------------------------------------------
+// ---- sums over all blocks -----------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned long long share_of(float v) {
+  const auto fixed = static_cast<unsigned long long>(__float2ll_rn(v * kFixedOne)) + kBias;
+  return kCountOne + (fabsf(v) < kFixedRange ? fixed : kNoNumber);
+}
+__device__ __forceinline__ float total_of(unsigned long long word) {
+  const unsigned long long sum = word & (kCountOne - 1);
+  const auto value = static_cast<long long>(sum - gridDim.x * kBias);
+  return sum >= kNoNumber ? __int_as_float(0x7fc00000)
+                          : static_cast<float>(value) * (1.0F / kFixedOne);
+}
+__device__ __forceinline__ bool complete(unsigned long long word) {
+  return static_cast<unsigned>(word >> kCountBit) == gridDim.x;
+}
+__device__ __forceinline__ void add_share(unsigned long long* to, float v) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(share_of(v)) : "memory");
+}
+
+// ---- words that all wait for --------------------------------------------------------------------
+
+__device__ __forceinline__ void publish(uint32_t* to, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ bool absent(const uint4& v) {
+  return v.x == kAbsent || v.y == kAbsent || v.z == kAbsent || v.w == kAbsent;
+}
+/// The word of elements d and d + 1 of u or y of a sequence: for each 32 elements and sequence,
+/// four times what a lane gives the tensor cores, elements 2 q, 2 q + 1, 8 + 2 q, ..., 25 + 2 q.
+__device__ __forceinline__ int place(int d, int seq) {
+  return d / 32 * (kSeqs * 16) + seq * 16 + d % 8 / 2 * 4 + d % 32 / 8;
+}
 
 /// A barrier of the consumers alone.
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-// Parameters that are wanted after a barrier are requested before it: volatile keeps them there.
-__device__ __forceinline__ float4 request4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p));
-  return v;
+/// Two barriers of them and the warp of empty_places(): it waits at the first, and arrives at the
+/// second without waiting.
+__device__ __forceinline__ void sync_after_u() {
+  asm volatile("bar.sync 2, %0;" ::"n"(kThreads + 32) : "memory");
 }
-__device__ __forceinline__ float2 request2(const float* p) {
-  float2 v;
-  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
-  return v;
+__device__ __forceinline__ void sync_before_y() {
+  asm volatile("bar.sync 3, %0;" ::"n"(kThreads + 32) : "memory");
 }
-__device__ __forceinline__ float request(const float* p) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
-  return v;
+__device__ __forceinline__ void arrive_before_y() {
+  asm volatile("bar.arrive 3, %0;" ::"n"(kThreads + 32) : "memory");
 }
 
-// ---- the ring -----------------------------------------------------------------------------------
-
-/// A place in the ring: the producer and each consumer walk through the same sequence of stages.
-struct Ring {
-  char* base;
-  uint32_t full, empty;  // shared addresses of [n_stage] barriers each
-  int n_stage;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ const char* data() const { return base + stage * kStageBytes; }
-  __device__ void wait_full() const { mbarrier_wait(full + 8 * stage, parity); }
-  __device__ void wait_empty() const { mbarrier_wait(empty + 8 * stage, parity ^ 1); }
-  /// A consumer warp is done with the stage. Every warp must see every stage: else it could be a
-  /// whole round ahead or behind and take one filling of a stage for another.
-  __device__ void release() {
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(empty + 8 * stage);
-    advance();
-  }
-  __device__ void advance() {
-    if (++stage == n_stage) {
-      stage = 0;
-      parity ^= 1;
-    }
+/// v, worked out anew wherever it is needed. What the compiler would otherwise prepare before the
+/// loop over the layers doesn't fit into registers, and local memory not into the L1 that the ring
+/// leaves.
+__device__ __forceinline__ int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+__device__ __forceinline__ char* shared_at(int offset) {
+  extern __shared__ __align__(128) char shared[];
+  return shared + anew(offset);
+}
+template <typename V>
+__device__ __forceinline__ V* shared_array(int offset) {
+  return reinterpret_cast<V*>(shared_at(offset));
+}
+struct Thread {
+  int warp, lane;
+  __device__ __forceinline__ Thread() {
+    const int tid = anew(static_cast<int>(threadIdx.x));
+    warp = tid / 32;
+    lane = tid % 32;
   }
 };
 
-/// The states of this many sequences share a stage.
-__device__ __forceinline__ int blocks_per_stage(int bytes) {
-  return bytes > 0 ? kStageBytes / bytes : 32;
+// ---- the ring -----------------------------------------------------------------------------------
+
+/// Pieces of any size one after the other in a circle of shared memory; a piece that would cross
+/// the end starts at the beginning. The producer and every consumer warp walk through the same
+/// sequence.
+struct Ring {
+  const StepParams& p;
+  int at = 0;
+  int piece = 0;  // of kPieces
+  uint32_t parity = 0;
+
+  __device__ uint32_t full(int i) const { return shared_address(shared_at(8 * i)); }
+  __device__ uint32_t empty(int i) const { return shared_address(shared_at(8 * (kPieces + i))); }
+  /// Where a piece of so many bytes lies.
+  __device__ int place(int bytes) const { return at + bytes <= p.at.ring_bytes ? at : 0; }
+  __device__ void advance(int place, int bytes) {
+    at = place + bytes;
+    if (++piece == kPieces) {
+      piece = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ const char* wait(int bytes) const {
+    mbarrier_wait(full(piece), parity);
+    return shared_at(p.at.ring + place(bytes));
+  }
+  /// Every warp must release every piece.
+  __device__ void release(int bytes) {
+    __syncwarp();
+    if (warp_arrives()) mbarrier_arrive(empty(piece));
+    advance(place(bytes), bytes);
+  }
+};
+
+/// Bytes from row to row in the ring: 16 more than a row put eight rows into different banks.
+__device__ __forceinline__ int row_pitch(int columns) { return 2 * columns + 16; }
+/// Columns of the piece that begins at column `first`.
+__device__ __forceinline__ int piece_columns(int n_columns, int first) {
+  return min(kSpans * kSpan, n_columns - first);
+}
+
+/// The barriers that follow those of the ring: of what a layer needs besides it.
+__device__ __forceinline__ uint32_t small_full(int l) {
+  return shared_address(shared_at(16 * kPieces + 8 * (l % 2)));
+}
+__device__ __forceinline__ uint32_t small_empty(int l) { return small_full(l) + 16; }
+__device__ __forceinline__ const char* small_of(const StepParams& p, int l) {
+  return shared_at(p.at.small + l % 2 * p.at.small_bytes);
+}
+__device__ __forceinline__ const Own& own_of(const StepParams& p) {
+  return *shared_array<const Own>(p.at.own);
+}
+__device__ __forceinline__ bool lives(const Own& own, int seq) {
+  return (own.live >> seq & 1) != 0;
+}
+
+/// Place of element e among 16: what a lane needs of a column of B lies together.
+__device__ __forceinline__ int permuted(int e) {
+  return (e & ~15) + (e & 7) / 2 * 4 + (e & 8) / 4 + (e & 1);
 }
 
 /// Fills the ring, in the order in which the consumers walk through it. A warp.
 struct Producer {
-  Ring ring;
-  uint64_t policy;
-
-  /// n_rows of a matrix with n_columns, 16 rows and 512 columns at a time.
-  template <typename RowAt>
-  __device__ void rows(int n_rows, int n_columns, RowAt row_at) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    for (int first = 0; first < n_rows; first += kRows) {
-      const int n = min(kRows, n_rows - first);
-      for (int k = 0; k < n_columns; k += kColumns) {
-        const int bytes = 2 * min(kColumns, n_columns - k);
-        ring.wait_empty();
-        const uint32_t bar = ring.full + 8 * ring.stage;
-        if (lane == 0) mbarrier_expect(bar, n * bytes);
-        __syncwarp();
-        if (lane < n) {
-          bulk_copy(shared_address(ring.data() + lane * kPitch), row_at(first + lane) + 2 * k,
-                    bytes, bar, policy);
-        }
-        ring.advance();
-      }
-    }
-  }
-
-  /// n_rows contiguous rows of row_bytes each, as many to a stage as fit.
-  __device__ void slices(const char* from, int n_rows, int row_bytes) {
-    const int per_stage = kStageBytes / row_bytes;
-    for (int row = 0; row < n_rows; row += per_stage) {
-      const int bytes = min(per_stage, n_rows - row) * row_bytes;
-      ring.wait_empty();
-      const uint32_t bar = ring.full + 8 * ring.stage;
-      if (threadIdx.x % 32 == 0) {
-        mbarrier_expect(bar, bytes);
-        bulk_copy(shared_address(ring.data()), from + static_cast<int64_t>(row) * row_bytes, bytes,
-                  bar, policy);
-      }
-      ring.advance();
-    }
-  }
-
-  /// n blocks of `bytes` each, as many to a stage as fit; a lane knows where its own lies, null:
-  /// there is none, and its place is left as it is.
-  __device__ void blocks(const char* own, int n, int bytes) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int per_stage = blocks_per_stage(bytes);
-    for (int first = 0; first < n; first += per_stage) {
-      const bool mine =
-          lane >= first && lane < min(n, first + per_stage) && own != nullptr && bytes > 0;
-      const int copies = __popc(__ballot_sync(0xffffffffU, mine));
-      ring.wait_empty();
-      const uint32_t bar = ring.full + 8 * ring.stage;
-      if (lane == 0) mbarrier_expect(bar, copies * bytes);
-      __syncwarp();
-      if (mine) {
-        bulk_copy(shared_address(ring.data() + (lane - first) * bytes), own, bytes, bar, policy);
-      }
-      ring.advance();
-    }
-  }
-};
-
-/// What every thread of a block knows.
-template <typename T, int B>
-struct Block {
   const StepParams& p;
-  Run channels, rows, words;  // of d_inner, d_model, the vocabulary
-  const StepLayer* layers;    // in shared memory
-  T* activations;             // [B][activation_pitch]: the input of the product at hand
-  float* xz;                  // [B][xz_pitch]: x, then z, of the own channels
-  float* residual;            // [B][residual_pitch]: the own rows
-  float* dbc;                 // [B][n_proj]: dt_low, B, C
-  float* sums;                // [B][kWarps]
-  float* scale;               // [B] of the last norm, [B] what is left to multiply by
-  float* scratch;             // [kScratchFloats]
-  const int* slot;            // [B], -1: no such sequence
+  Ring ring{p};
+  uint64_t policy = evict_first_policy();
+  int used = 0;  // bytes of the ring
+  int oldest = 0;
+  int n_held = 0;
+  uint32_t oldest_parity = 0;
+  int flying = 0;  // bytes on their way
+  int n_flying = 0;
+  int next_to_land = 0;
+  uint32_t next_parity = 0;
+
+  /// Makes room; announces the bytes that will come.
+  __device__ uint32_t begin(int bytes, int expected) {
+    int* held = shared_array<int>(p.at.held);  // [kPieces]
+    const int to = ring.place(bytes);
+    const int need = bytes + (to == ring.at ? 0 : p.at.ring_bytes - ring.at);
+    while (used + need > p.at.ring_bytes || n_held == kPieces) {
+      mbarrier_wait(ring.empty(oldest), oldest_parity);
+      used -= held[oldest];
+      --n_held;
+      if (++oldest == kPieces) {
+        oldest = 0;
+        oldest_parity ^= 1;
+      }
+    }
+    while (n_flying == kPieces || (n_flying > 0 && flying + need > kMostFlying)) {
+      mbarrier_wait(ring.full(next_to_land), next_parity);
+      flying -= held[next_to_land];
+      --n_flying;
+      if (++next_to_land == kPieces) {
+        next_to_land = 0;
+        next_parity ^= 1;
+      }
+    }
+    flying += need;
+    ++n_flying;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      held[ring.piece] = need;
+      mbarrier_expect(ring.full(ring.piece), expected);
+    }
+    __syncwarp();
+    used += need;
+    ++n_held;
+    return shared_address(shared_at(p.at.ring + to));
+  }
+  __device__ void copy(uint32_t to, const void* from, int bytes) const {
+    bulk_copy(to, from, bytes, ring.full(ring.piece), policy);
+  }
+  __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
+
+  /// n_columns of n rows of a matrix, `pitch` elements from row to row.
+  __device__ void rows(const char* from, int n, int n_columns, int64_t pitch) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int row = 0; row < n; row += kRows) {
+      const int here = min(kRows, n - row);
+      for (int first = 0; first < n_columns; first += kSpans * kSpan) {
+        const int columns = piece_columns(n_columns, first);
+        const int bytes = here * row_pitch(columns);
+        const uint32_t to = begin(bytes, here * 2 * columns);
+        if (lane < here) {
+          copy(to + lane * row_pitch(columns), from + 2 * ((row + lane) * pitch + first),
+               2 * columns);
+        }
+        end(bytes);
+      }
+    }
+  }
 };
 
 template <typename T, int B>
-__device__ void produce(const Block<T, B>& b, Ring ring) {
-  const StepParams& p = b.p;
-  Producer out{ring, evict_first_policy()};
+__device__ void produce(const StepParams& p) {
+  Producer out{p};
+  const Own& own = own_of(p);
   const int64_t D = p.d_model;
   const int64_t E = p.d_inner;
+  const int R = p.dt_rank;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int n = own.channels.n;
+  const int n_live = __popc(own.live);
+  const int64_t first = own.channels.begin;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
+  const int slot = lane < B ? own.slot[lane] : -1;
+  const auto at = [](const void* base, int64_t element) {
+    return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
+  };
+  // A run of 16-bit values with the 16-byte lines it lies in.
+  const int skew = static_cast<int>(first * 2 % 16);
+  const int line_bytes = (skew + n * 2 + 15) / 16 * 16;
+  const int record = ((n * kParams + 2 * own.rows.n) * 4 + 15) / 16 * 16;
+  const int lines = n > 0 ? n_live * (kConv - 1) * line_bytes : 0;
   for (int l = 0; l < p.n_layer; ++l) {
-    const StepLayer& w = b.layers[l];
-    const auto at = [](const void* base, int64_t element) {
-      return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
-    };
-    out.rows(2 * b.channels.n, p.d_model, [&](int i) {
-      const bool is_x = i < b.channels.n;
-      return at(w.in_proj, (b.channels.begin + (is_x ? i : E + i - b.channels.n)) * D);
-    });
-    out.slices(at(w.x_proj_t, static_cast<int64_t>(b.channels.begin) * p.n_proj), b.channels.n,
-               p.n_proj * 2);
-    out.slices(at(w.dt_proj, static_cast<int64_t>(b.channels.begin) * p.dt_rank), b.channels.n,
-               p.dt_rank * 2);
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int slot = lane < B ? b.slot[lane] : -1;
-    out.blocks(slot < 0 ? nullptr
-                        : static_cast<const char*>(w.ssm_state) +
-                              (slot * E + b.channels.begin) * state_row,
-               B, b.channels.n * state_row);
-    out.rows(b.rows.n, p.d_inner, [&](int i) { return at(w.out_proj, (b.rows.begin + i) * E); });
+    const StepLayer& w = shared_array<const StepLayer>(p.at.table)[l];
+    mbarrier_wait(small_empty(l), static_cast<uint32_t>(l / 2 + 1) % 2);
+    const uint32_t small = shared_address(small_of(p, l));
+    if (lane == 0) {
+      mbarrier_expect(small_full(l), record + lines);
+      if (record > 0) {
+        bulk_copy(small, p.records + (static_cast<int64_t>(l) * gridDim.x + blockIdx.x) * p.record,
+                  record, small_full(l), out.policy);
+      }
+    }
+    __syncwarp();
+    if (lines > 0 && slot >= 0) {
+      for (int j = 0; j < kConv - 1; ++j) {
+        bulk_copy(
+            small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
+            at(w.conv_state, (static_cast<int64_t>(slot) * (kConv - 1) + j) * E + first) - skew,
+            line_bytes, small_full(l), out.policy);
+      }
+    }
+    if (n > 0) {
+      out.rows(at(w.in_proj, first * D), n, p.d_model, D);
+      const int x_bytes = n * p.proj_pitch * 2;
+      uint32_t to = out.begin(x_bytes, x_bytes);
+      if (lane == 0) out.copy(to, at(w.x_proj_t, first * p.proj_pitch), x_bytes);
+      out.end(x_bytes);
+      out.rows(at(w.in_proj, (E + first) * D), n, p.d_model, D);
+      const int dt_bytes = n * 2 * R;
+      to = out.begin(dt_bytes, dt_bytes);
+      if (lane == 0) out.copy(to, at(w.dt_proj, first * R), dt_bytes);
+      out.end(dt_bytes);
+      to = out.begin(B * n * state_row, n_live * n * state_row);
+      if (slot >= 0) {
+        out.copy(to + lane * n * state_row,
+                 static_cast<const char*>(w.ssm_state) + (slot * E + first) * state_row,
+                 n * state_row);
+      }
+      out.end(B * n * state_row);
+    }
+    for (int turn = 0; turn < p.d_inner; turn += kHeld * kSpan) {
+      out.rows(at(w.out_proj, own.rows.begin * E + turn), own.rows.n,
+               min(kHeld * kSpan, p.d_inner - turn), E);
+    }
   }
-  out.rows(b.words.n, p.d_model, [&](int i) {
-    return static_cast<const char*>(p.head) +
-           (b.words.begin + i) * D * static_cast<int64_t>(sizeof(T));
-  });
+  out.rows(at(p.head, own.words.begin * D), own.words.n, p.d_model, D);
+}
+
+// ---- the places of what is exchanged ------------------------------------------------------------
+
+/// Where u of layer l is exchanged; y and the squares follow.
+__device__ __forceinline__ char* buffer_of(const StepParams& p, int l) {
+  return own_of(p).set + int64_t{8} * kSeqs * anew(p.n_proj) + l % 2 * p.buffer_bytes;
+}
+
+/// Empties the own places in the buffer of the layer before, for the layer after. A warp: once its
+/// block has read u of layer l, all blocks have published that, so all have read u and y of the
+/// layer before; and nobody looks there again before this block has published y of layer l.
+template <int B>
+__device__ void empty_places(const StepParams& p) {
+  const Own& own = own_of(p);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t y_at = int64_t{16} * p.d_model;
+  const int64_t squares_at = y_at + int64_t{16} * p.d_inner;
+#pragma unroll 1
+  for (int l = 0; l < p.n_layer; ++l) {
+    sync_after_u();
+    char* buffer = buffer_of(p, l + 1);
+    const auto empty = [&](char* places, const Run& run) {
+      for (int i = lane; i < run.n / 2 * B; i += 32) {
+        publish(reinterpret_cast<uint32_t*>(places) + place(run.begin + i / B * 2, i % B), kAbsent);
+      }
+    };
+    empty(buffer, own.rows);
+    empty(buffer + y_at, own.channels);
+    if (lane < B) {
+      publish(reinterpret_cast<uint32_t*>(buffer + squares_at) + blockIdx.x * kSeqs + lane,
+              kAbsent);
+    }
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    arrive_before_y();
+  }
 }
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-/// All blocks have arrived, and what they wrote before is visible. arrive() and wait() are called
-/// by all consumers; between them a thread may request what it will need and nobody writes.
-struct GridBarrier {
-  unsigned* arrivals;
-  unsigned target;
-
-  __device__ void arrive() {
-    consumers_sync();
-    if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
-    }
-    target += gridDim.x;
+/// v[i] = what the lane needs of columns (warp + 16 i) * 32 .. + 31 of u or y, as soon as it is
+/// there. While the first that is missing stays away, only that is asked for again: what all blocks
+/// ask for in vain takes L2's time from the weights.
+template <int B>
+__device__ __forceinline__ void gather(const StepParams& p, uint4 (&v)[kHeld], const char* from,
+                                       int n_columns) {
+  n_columns = anew(n_columns);
+  const Thread t;
+  const int seq = t.lane / 4 % B;
+  const bool live = lives(own_of(p), seq);
+  const uint4* at = reinterpret_cast<const uint4*>(from) + (t.warp * kSeqs + seq) * 4 + t.lane % 4;
+  unsigned ask = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const bool wanted = live && (t.warp + i * kWarps) * 32 < n_columns;
+    const uint32_t fill = wanted ? kAbsent : 0;
+    v[i] = uint4{fill, fill, fill, fill};
+    ask |= wanted ? 1U << i : 0;
   }
-  __device__ void wait() const {
-    if (threadIdx.x == 0) {
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
-      } while (static_cast<int>(seen - target) < 0);
+  unsigned missing;
+  unsigned waiting;
+  do {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.ne.u32 wanted, %5, 0;\n"
+          "@wanted ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+          "}\n"
+          : "+r"(v[i].x), "+r"(v[i].y), "+r"(v[i].z), "+r"(v[i].w)
+          : "l"(at + i * (kWarps * kSeqs * 4)), "r"(ask & (1U << i)));
     }
-    consumers_sync();
+    missing = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) missing |= absent(v[i]) ? 1U << i : 0;
+    waiting = __ballot_sync(0xffffffffU, missing != 0);
+    ask = (ask & ~missing) != 0 ? missing : missing & (0U - missing);
+  } while (waiting != 0);
+}
+
+/// The sums of squares of the residual that fall to a warp, those of every 16th block: for each
+/// lane one sequence and every fourth of these blocks.
+template <int B>
+struct Squares {
+  const uint32_t* from;
+  uint32_t v[kSquares];
+
+  __device__ __forceinline__ Squares(const StepParams& p, const char* table) {
+    const Thread t;
+    const int block = t.warp + kWarps * (t.lane / kSeqs);
+    const bool live = lives(own_of(p), t.lane % kSeqs);
+    from = reinterpret_cast<const uint32_t*>(table) + block * kSeqs + t.lane % kSeqs;
+#pragma unroll
+    for (int j = 0; j < kSquares; ++j) {
+      v[j] = live && block + 4 * kWarps * j < static_cast<int>(gridDim.x) ? kAbsent : 0;
+    }
+  }
+  __device__ __forceinline__ void look() {
+#pragma unroll
+    for (int j = 0; j < kSquares; ++j) {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.eq.u32 wanted, %0, 0xffffffff;\n"
+          "@wanted ld.relaxed.gpu.global.u32 %0, [%1];\n"
+          "}\n"
+          : "+r"(v[j])
+          : "l"(from + j * 4 * kWarps * kSeqs));
+    }
+  }
+  /// To the warps' shares of the sums.
+  __device__ __forceinline__ void finish(const StepParams& p) {
+    while (__any_sync(0xffffffffU, v[0] == kAbsent || v[1] == kAbsent || v[2] == kAbsent)) look();
+    float sum = __uint_as_float(v[0]) + __uint_as_float(v[1]) + __uint_as_float(v[2]);
+    sum += __shfl_xor_sync(0xffffffffU, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffU, sum, 16);
+    const Thread t;
+    if (t.lane < B) shared_array<float>(p.at.squares)[t.lane * kWarps + t.warp] = sum;
   }
 };
 
-/// store(row, n, value) for value = row `row` of the matrix in the ring times activations[n], for
-/// all rows and the sequences that exist; a thread stores one value per pass, rows ascending with
-/// the thread. The activations are in shared memory and everybody knows.
-template <typename T, int B, typename Store>
-__device__ __forceinline__ void product(const Block<T, B>& b, Ring& ring, int n_rows, int n_columns,
-                                        Store store) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int group = lane / 4;    // row of A, column of B
-  const int quarter = lane % 4;  // of 32 columns
-  const T* in = b.activations + group * b.p.at.activation_pitch + quarter * 8;
+/// Of the own row `lane` and sequence `warp`.
+__device__ __forceinline__ float& residual_of(const StepParams& p) {
+  const Thread t;
+  return shared_array<float>(p.at.residual)[t.warp * 32 + t.lane];
+}
 
-  for (int base = 0; base < n_rows; base += kPassRows) {
-    const int here = min(kPassRows, n_rows - base);
+template <int B>
+__device__ __forceinline__ float* shares_of(const StepParams& p, int i) {
+  return shared_array<float>(p.at.shares + (i & 1) * p.at.shares_bytes);
+}
+
+/// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares;
+/// `more`: is added to what is there.
+template <typename T, int B>
+__device__ __forceinline__ void multiply(Ring& ring, int n, int n_columns, const uint4 (&v)[kHeld],
+                                         float* shares, bool more = false) {
+  n_columns = anew(n_columns);
+  const Thread t;
+  float* to = shares + t.warp * kWarpPitch<B> + t.lane * 2;
+  // Of 32 columns, the first and third 8, then the second and fourth.
+  const int column = t.lane / 16 * 16 + t.lane / 8 % 2 * 32 + t.warp * 64;
 #pragma unroll 1
-    for (int block = 0; block * kRows < here; ++block) {
-      float acc[4] = {};
-      for (int k = 0; k < n_columns; k += kColumns) {
-        const int steps = min(kColumns, n_columns - k) / 32;
-        ring.wait_full();
-        const char* row = ring.data() + group * kPitch + quarter * 16;
-        for (int s = warp; s < steps; s += kWarps) {
-          const uint4 upper = *reinterpret_cast<const uint4*>(row + s * 64);
-          const uint4 lower = *reinterpret_cast<const uint4*>(row + 8 * kPitch + s * 64);
-          const uint4 x =
-              group < B ? *reinterpret_cast<const uint4*>(in + k + s * 32) : uint4{0, 0, 0, 0};
-          multiply_add<T>(acc, {upper.x, lower.x, upper.y, lower.y}, x.x, x.y);
-          multiply_add<T>(acc, {upper.z, lower.z, upper.w, lower.w}, x.z, x.w);
-        }
-        ring.release();
-      }
-      // The warps' shares are summed through scratch[block][warp][row][n].
-      float* to = b.scratch + (block * kWarps + warp) * kRows * B;
+  for (int row = 0; row < n; row += kRows) {
+    const int here = min(kRows, n - row);
+    const int mine = min(t.lane % 8, here - 1);
+    // v[j] are two products' sequences in one operand: its first 8 rows, of the first and third 8
+    // columns, and its last 8 rows, of the others. The other halves of the sums mean nothing.
+    float first[4] = {};
+    float second[4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = 2 * quarter + i % 2;
-        if (n < B) to[(group + i / 2 * 8) * B + n] = acc[i];
-      }
-    }
-    consumers_sync();
-    const int row = static_cast<int>(threadIdx.x) / B;
-    const int n = static_cast<int>(threadIdx.x) % B;
-    if (row < here && b.slot[n] >= 0) {
-      const float* from = b.scratch + (row / kRows * kWarps * kRows + row % kRows) * B + n;
-      float sum = 0.0F;
+    for (int i = 0; i < kHeld; i += kSpans) {
+      if (i * kSpan >= n_columns) break;
+      const int pitch = row_pitch(piece_columns(n_columns, i * kSpan));
+      const int bytes = here * pitch;
+      const char* a = ring.wait(bytes) + mine * pitch + column;
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += from[i * kRows * B];
-      store(base + row, n, sum);
+      for (int j = i; j < i + kSpans && j < kHeld; ++j) {
+        if ((t.warp + j * kWarps) * 32 >= n_columns) break;
+        const uint32_t of_j[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+        uint32_t w[4];
+        load_matrices(w, a + (j - i) * (kWarps * 64));
+        multiply_add<T>(first, of_j, w[0], w[1]);
+        multiply_add<T>(second, of_j, w[2], w[3]);
+      }
+      ring.release(bytes);
     }
-    if (base + kPassRows < n_rows) consumers_sync();  // before scratch is written again
+    if (t.lane / 4 < B) {
+      auto& share = *reinterpret_cast<float2*>(to + row / kRows * kGroupPitch<B>);
+      const float2 before = more ? share : float2{0.0F, 0.0F};
+      share = {before.x + (first[0] + second[2]), before.y + (first[1] + second[3])};
+    }
+  }
+}
+/// Row `row` of a product, of a sequence.
+template <int B>
+__device__ __forceinline__ float summed(const float* shares, int row, int seq) {
+  const float* from = shares + row / kRows * kGroupPitch<B> + seq * kRows + row % kRows;
+  float v[4] = {};
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) v[i % 4] += from[i * kWarpPitch<B>];
+  return v[0] + v[1] + (v[2] + v[3]);
+}
+
+/// 1 / the root of the mean square of the residual.
+__device__ __forceinline__ float norm_scale(const StepParams& p, int seq) {
+  const float* squares = shared_array<const float>(p.at.squares) + seq * kWarps;
+  float sum = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kWarps; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(squares + i);
+    sum += v.x + v.y + (v.z + v.w);
+  }
+  return rsqrtf(sum / static_cast<float>(anew(p.d_model)) + p.eps);
+}
+/// [B] what u of layer l was multiplied by.
+template <int B>
+__device__ __forceinline__ float* scale_of(const StepParams& p, int l) {
+  return shared_array<float>(p.at.scale) + l % 2 * B;
+}
+/// [B] what the products with u of this layer are still to be multiplied by.
+template <int B>
+__device__ __forceinline__ float* left_of(const StepParams& p) {
+  return shared_array<float>(p.at.scale) + 2 * B;
+}
+
+/// Two neighbours as they are exchanged.
+template <typename T>
+__device__ __forceinline__ uint32_t word_of(T first, T second) {
+  const Pair<T> pair{{first, second}};
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+/// u of layer l and the squares, of the own rows and a sequence, a row a lane.
+template <typename T, int B>
+__device__ __forceinline__ void publish_residual(const StepParams& p, int l, int seq,
+                                                 float residual, float weight) {
+  const Thread t;
+  const Run rows = own_of(p).rows;
+  const bool mine = t.lane < rows.n;
+  const float u = residual * scale_of<B>(p, l)[seq] * weight;
+  const float next = __shfl_down_sync(0xffffffffU, u, 1);
+  char* now = buffer_of(p, l);
+  if (mine && t.lane % 2 == 0) {
+    const int at = place(rows.begin + t.lane, seq);
+    publish(reinterpret_cast<uint32_t*>(now) + at, word_of(from_float<T>(u), from_float<T>(next)));
+  }
+  const float sum = warp_sum(mine ? residual * residual : 0.0F);
+  if (t.lane == 0) {
+    const int64_t at = int64_t{16} * (anew(p.d_model) + p.d_inner) + (blockIdx.x * kSeqs + seq) * 4;
+    publish(reinterpret_cast<uint32_t*>(now + at), sum == sum ? __float_as_uint(sum) : 0x7fffffffU);
   }
 }
 
-/// The norm's weights of a thread: quads threadIdx.x and threadIdx.x + kThreads of a row.
-struct NormWeights {
-  float4 quad[2];
-  __device__ void load(const float* weight, int d_model) {
+/// Adds the share of the own channels in x_proj x to the sums over all blocks.
+template <typename T, int B>
+__device__ __forceinline__ void add_x_proj(const StepParams& p, Ring& ring) {
+  const Thread t;
+  const Own& own = own_of(p);
+  const int group = t.lane / 4;
+  const int quarter = t.lane % 4;
+  const int n = own.channels.n;
+  const int J = anew(p.n_proj);
+  const int pitch = anew(p.proj_pitch) * 2;
+  const int bytes = n * pitch;
+  auto* sums = reinterpret_cast<unsigned long long*>(own.set);
+  const T* x = shared_array<const T>(p.at.x) + group % B * kChannelPitch + quarter * 4;
+  const char* piece = n > 0 ? ring.wait(bytes) : nullptr;
+#pragma unroll 1
+  for (int tile = t.warp; tile * 16 < J; tile += kWarps) {
+    float acc[4] = {};
+    // Of a last tile with less than 16 columns, what lies beyond them is not used.
+    const int column_at = min(tile * 32 + t.lane / 8 % 2 * 16, pitch - 16);
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      if (k * 16 >= n) break;
+      const uint2 column = *reinterpret_cast<const uint2*>(x + k * 16);
+      uint32_t a[4];
+      load_transposed(
+          a, piece + min(k * 16 + t.lane % 8 + t.lane / 16 * 8, n - 1) * pitch + column_at);
+      multiply_add<T>(acc, a, column.x, column.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int seq = 2 * quarter + i % 2;
+      const int out = tile * 16 + group + i / 2 * 8;
+      if (seq < B && out < J && lives(own, seq)) add_share(sums + seq * J + out, acc[i]);
+    }
+  }
+  if (n > 0) ring.release(bytes);
+}
+
+/// x = silu(conv(v)) of a channel and a sequence; what the convolution remembers moves on.
+template <typename T>
+__device__ __forceinline__ void convolve(const StepParams& p, int l, int channel, int seq,
+                                         float v) {
+  const Own& own = own_of(p);
+  const int n = own.channels.n;
+  const char* small = small_of(p, l);
+  const float* record = reinterpret_cast<const float*>(small);
+  const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
+                  seq * (kConv - 1) * p.window_pitch + own.channels.begin % 8 + channel;
+  const float4 weight = *reinterpret_cast<const float4*>(record + channel * kConv);
+  const T past1 = past[p.window_pitch];
+  const T past2 = past[2 * p.window_pitch];
+  const T now = from_float<T>(v + record[kXBias * n + channel]);
+  float s = fmaf(weight.x, to_float(past[0]), record[kConvBias * n + channel]);
+  s = fmaf(weight.y, to_float(past1), s);
+  s = fmaf(weight.z, to_float(past2), s);
+  s = fmaf(weight.w, to_float(now), s);
+  shared_array<T>(p.at.x)[seq * kChannelPitch + permuted(channel)] = from_float<T>(silu(s));
+  T* state = static_cast<T*>(shared_array<const StepLayer>(p.at.table)[l].conv_state) +
+             static_cast<int64_t>(own.slot[seq]) * (kConv - 1) * p.d_inner + own.channels.begin +
+             channel;
+  state[0] = past1;
+  state[p.d_inner] = past2;
+  state[2 * p.d_inner] = now;
+}
+
+/// dt_low as the sum of two numbers of type T: [2][B][low_pitch].
+template <typename T, int B>
+__device__ __forceinline__ void store_low(const StepParams& p, int seq, int j, float v) {
+  T* to = shared_array<T>(p.at.low) + seq * p.at.low_pitch + j;
+  const T high = from_float<T>(v);
+  to[0] = high;
+  to[B * p.at.low_pitch] = from_float<T>(v - to_float(high));
+}
+
+/// dt_low, B and C from the sums over all blocks; the warps divide them by sequence. A thread has
+/// seen those up to the layer before.
+template <typename T, int B, int kSums>
+__device__ __forceinline__ void read_dbc(const StepParams& p, unsigned long long (&seen)[kSums]) {
+  constexpr int kStride = kThreads / B;
+  const Thread t;
+  const int J = anew(p.n_proj);
+  const int R = anew(p.dt_rank);
+  const int seq = t.warp % B;
+  const int first = t.warp / B * 32 + t.lane;
+  const auto* at = reinterpret_cast<const unsigned long long*>(own_of(p).set) + seq * J + first;
+  const bool live = lives(own_of(p), seq);
+  float* dbc = shared_array<float>(p.at.dbc);  // [B][n_proj]
+  unsigned wanted = 0;
+  unsigned long long word[kSums];
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    word[k] = 0;
+    if (first + k * kStride < J && live) wanted |= 1U << k;
+  }
+  unsigned missing = wanted;
+  do {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.ne.u32 wanted, %2, 0;\n"
+          "@wanted ld.relaxed.gpu.global.u64 %0, [%1];\n"
+          "}\n"
+          : "+l"(word[k])
+          : "l"(at + k * kStride), "r"(missing & (1U << k)));
+    }
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      if (complete(word[k] - seen[k])) missing &= ~(1U << k);
+    }
+  } while (__any_sync(0xffffffffU, missing != 0));
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    if ((wanted >> k & 1) == 0) continue;
+    const int j = first + k * kStride;
+    const float v = total_of(word[k] - seen[k]);
+    seen[k] = word[k];
+    if (j < R && p.mixer_eps <= 0.0F) {
+      store_low<T, B>(p, seq, j, v);
+    } else {
+      dbc[seq * J + j] = v;
+    }
+  }
+  sync_before_y();
+  if (p.mixer_eps > 0.0F) {  // Falcon-Mamba: dt_low, B and C each by its root mean square
+#pragma unroll 1
+    for (int unit = t.warp; unit < 3 * B; unit += kWarps) {
+      const int part = unit % 3;
+      const int width = part == 0 ? R : kState;
+      float* v = dbc + unit / 3 * J + (part == 0 ? 0 : R + (part - 1) * kState);
+      float sum = 0.0F;
+#pragma unroll 1
+      for (int i = t.lane; i < width; i += 32) sum += v[i] * v[i];
+      const float f = rsqrtf(warp_sum(sum) / static_cast<float>(width) + p.mixer_eps);
+#pragma unroll 1
+      for (int i = t.lane; i < width; i += 32) {
+        if (part == 0) {
+          store_low<T, B>(p, unit / 3, i, v[i] * f);
+        } else {
+          v[i] *= f;
+        }
+      }
+    }
+    consumers_sync();
+  }
+}
+
+/// The sum of v[q % N] over the four lanes of a quad, in lane q of it.
+template <int N>
+__device__ __forceinline__ float quad_sum(const float (&v)[N], int q) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  const auto other = [](float f, int d) { return __shfl_xor_sync(0xffffffffU, f, d); };
+  float even;
+  float odd;
+  if constexpr (N == 4) {
+    const bool upper = q >= 2;
+    even = (upper ? v[2] : v[0]) + other(upper ? v[0] : v[2], 2);
+    odd = (upper ? v[3] : v[1]) + other(upper ? v[1] : v[3], 2);
+  } else {
+    even = v[0] + other(v[0], 2);
+    odd = N == 1 ? even : v[N - 1] + other(v[N - 1], 2);
+  }
+  return q % 2 == 0 ? even + other(odd, 1) : odd + other(even, 1);
+}
+
+/// A lane's 4 states of a channel and a sequence, and what they give to y.
+template <typename S>
+__device__ __forceinline__ float advance_state(void* to, const char* from, float step, float dx,
+                                               float4 A, float4 of_B, float4 of_C) {
+  const auto old = *reinterpret_cast<const Quad<S>*>(from);
+  const float h[4] = {fmaf(exp2_fast(step * A.x), to_float(old.v[0]), dx * of_B.x),
+                      fmaf(exp2_fast(step * A.y), to_float(old.v[1]), dx * of_B.y),
+                      fmaf(exp2_fast(step * A.z), to_float(old.v[2]), dx * of_B.z),
+                      fmaf(exp2_fast(step * A.w), to_float(old.v[3]), dx * of_B.w)};
+  *static_cast<Quad<S>*>(to) = {from_float<S>(h[0]), from_float<S>(h[1]), from_float<S>(h[2]),
+                                from_float<S>(h[3])};
+  return fmaf(of_C.x, h[0], of_C.y * h[1]) + fmaf(of_C.z, h[2], of_C.w * h[3]);
+}
+
+/// dt, the state and y of the own channels: two warps share 8 channels, each has half of the
+/// sequences; four lanes share a channel, 4 states each. z is still among the warps' shares.
+template <typename T, int B>
+__device__ __forceinline__ void update_state(const StepParams& p, Ring& ring, int l,
+                                             const float* z_shares, char* y) {
+  constexpr int kHalves = B > 1 ? 2 : 1;
+  constexpr int kHere = B / kHalves;  // sequences of a warp
+  const Thread t;
+  const Own& own = own_of(p);
+  const int n = own.channels.n;
+  const int R = anew(p.dt_rank);
+  const int group = t.lane / 4;
+  const int quarter = t.lane % 4;
+  const int tile = t.warp / kHalves;
+  const int seq0 = t.warp % kHalves * kHere;
+  const bool busy = tile * 8 < n;
+  const bool inside = tile * 8 + group < n;
+  const int channel = min(tile * 8 + group, n - 1);
+  const float* record = reinterpret_cast<const float*>(small_of(p, l));
+  const T* x_of = shared_array<const T>(p.at.x) + permuted(channel);
+
+  // Of sequences 2 quarter and 2 quarter + 1.
+  const int dt_bytes = n * 2 * R;
+  const char* piece = ring.wait(dt_bytes);
+  float step[2] = {};
+  float dx[2] = {};
+  if (busy) {
+    // Of 32 columns a lane takes 8 neighbours of its row: 2, 2 and 2, 2 as two products want them.
+    const char* row = piece + channel * 2 * R + quarter * 16;
+    const T* low = shared_array<const T>(p.at.low) + group % B * p.at.low_pitch + 8 * quarter;
+    float acc[2][4] = {};
+#pragma unroll 2
+    for (int k = 0; k < R; k += 32) {
+      uint4 a{0, 0, 0, 0};
+      if (k + 8 * quarter < R) a = *reinterpret_cast<const uint4*>(row + 2 * k);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4 x = *reinterpret_cast<const uint4*>(low + h * B * p.at.low_pitch + k);
+        multiply_add<T>(acc[h], {a.x, 0, a.y, 0}, x.x, x.y);
+        multiply_add<T>(acc[h], {a.z, 0, a.w, 0}, x.z, x.w);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (4 * q < d_model) quad[i] = request4(weight + 4 * q);
+      const int seq = min(2 * quarter + i, B - 1);
+      step[i] = softplus(acc[0][i] + acc[1][i] + record[kDtBias * n + channel]);
+      dx[i] = step[i] * to_float(x_of[seq * kChannelPitch]);
     }
   }
-};
+  ring.release(dt_bytes);
 
-/// activations[n] = residual of sequence n times the norm's weights, and in b.scale[B + n] what the
-/// product with them is still to be multiplied by to make it that of rms_norm: so nobody waits for
-/// the mean before the rows are in place. To keep within f16 they are multiplied by the scale of
-/// the norm before this one (b.scale[n], at first 1). value(n, q) reads quad q of a row.
-template <typename T, int B, typename Value>
-__device__ __forceinline__ void normalise(const Block<T, B>& b, const NormWeights& weight,
-                                          Value value) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  constexpr int kAtOnce = B < 4 ? B : 4;
+  const int row_bytes = anew(kState) * (p.state_type == DType::f32 ? 4 : 2);
+  const char* states = ring.wait(B * n * row_bytes);
+  if (busy) {
+    const float4 A =
+        *reinterpret_cast<const float4*>(record + kA * n + channel * kState + 4 * quarter);
+    char* to = static_cast<char*>(shared_array<const StepLayer>(p.at.table)[l].ssm_state) +
+               quarter * (row_bytes / 4);
+    float y_share[kHere];
+    float z_share[kHere];
 #pragma unroll
-  for (int first = 0; first < B; first += kAtOnce) {
-    float4 v[kAtOnce][2];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-        v[n][i] =
-            4 * q < b.p.d_model ? value(min(first + n, b.p.n_seq - 1), q) : float4{0, 0, 0, 0};
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const float f = b.scale[first + n];
-      float sum = 0.0F;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int q = static_cast<int>(threadIdx.x) + i * kThreads;
-        if (4 * q >= b.p.d_model) break;
-        const float4 x = v[n][i];
-        const float4 w = weight.quad[i];
-        sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-        *reinterpret_cast<Quad<T>*>(b.activations + (first + n) * b.p.at.activation_pitch +
-                                    4 * q) = {
-            from_float<T>(x.x * f * w.x), from_float<T>(x.y * f * w.y),
-            from_float<T>(x.z * f * w.z), from_float<T>(x.w * f * w.w)};
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) b.sums[(first + n) * kWarps + warp] = sum;
-    }
-  }
-  consumers_sync();
-  if (warp < B) {
-    const float sum = warp_sum(lane < kWarps ? b.sums[warp * kWarps + lane] : 0.0F);
-    if (lane == 0) {
-      const float scale = rsqrtf(sum / static_cast<float>(b.p.d_model) + b.p.eps);
-      b.scale[B + warp] = scale / b.scale[warp];
-      b.scale[warp] = scale;
-    }
-  }
-  // product() has a barrier before its results, so before the scale is needed.
-}
-
-/// What a thread needs for the convolution of the one value that product() hands it.
-template <typename T>
-struct ConvInputs {
-  float4 weight;
-  float bias;
-  T window[kConv - 1];  // the inputs before this one, oldest first
-
-  template <int B>
-  __device__ void load(const Block<T, B>& b, const StepLayer& w) {
-    const int row = static_cast<int>(threadIdx.x) / B;
-    const int slot = b.slot[static_cast<int>(threadIdx.x) % B];
-    if (row >= b.channels.n || slot < 0) return;
-    const int64_t e = b.channels.begin + row;
-    weight = request4(w.conv + e * kConv);
-    bias = w.conv_bias != nullptr ? request(w.conv_bias + e) : 0.0F;
-    const T* state = static_cast<const T*>(w.conv_state) +
-                     static_cast<int64_t>(slot) * (kConv - 1) * b.p.d_inner + e;
-#pragma unroll
-    for (int j = 0; j < kConv - 1; ++j) window[j] = __ldcg(state + j * b.p.d_inner);
-  }
-};
-
-/// The share of the own channels in x_proj x, added to the sum over all blocks.
-template <typename T, int B>
-__device__ __forceinline__ void add_x_proj(const Block<T, B>& b, Ring& ring,
-                                           unsigned long long* dbc) {
-  const int J = b.p.n_proj;
-  const int pairs = J / 2;
-  const int tid = static_cast<int>(threadIdx.x);
-  // `split` threads share the channels of a pair of outputs.
-  const int split = min(kThreads / pairs, kScratchFloats<B> / (B * J));
-  const int j = tid % pairs * 2;
-  const int part = tid / pairs;
-  float acc[B][2] = {};
-  const int per_stage = kStageBytes / (J * 2);
-  for (int first = 0; first < b.channels.n; first += per_stage) {
-    const int here = min(per_stage, b.channels.n - first);
-    ring.wait_full();
-    const T* w = reinterpret_cast<const T*>(ring.data()) + j;
-    if (part < split) {
-#pragma unroll 4
-      for (int c = part; c < here; c += split) {
-        const auto two = *reinterpret_cast<const Two<T>*>(w + c * J);
-        const float w0 = to_float(two.a);
-        const float w1 = to_float(two.b);
-#pragma unroll
-        for (int n = 0; n < B; ++n) {
-          const float x = b.xz[n * b.p.at.xz_pitch + first + c];
-          acc[n][0] = fmaf(w0, x, acc[n][0]);
-          acc[n][1] = fmaf(w1, x, acc[n][1]);
-        }
-      }
-    }
-    ring.release();
-  }
-  if (part < split) {
-#pragma unroll
-    for (int n = 0; n < B; ++n) {
-      *reinterpret_cast<float2*>(b.scratch + (part * B + n) * J + j) = {acc[n][0], acc[n][1]};
-    }
-  }
-  consumers_sync();
-  for (int i = tid; i < B * J; i += kThreads) {
-    if (b.slot[i / J] < 0) continue;
-    float sum = 0.0F;
-    for (int s = 0; s < split; ++s) sum += b.scratch[s * B * J + i];
-    atomicAdd(dbc + i, static_cast<unsigned long long>(__float2ll_rn(sum * kFixedOne)));
-  }
-}
-
-/// dbc in shared memory from the sums over all blocks.
-template <typename T, int B>
-__device__ __forceinline__ void read_dbc(const Block<T, B>& b, const unsigned long long* dbc) {
-  const int J = b.p.n_proj;
-  for (int i = static_cast<int>(threadIdx.x); i < B * J; i += kThreads) {
-    b.dbc[i] = static_cast<float>(static_cast<long long>(__ldcg(dbc + i))) * (1.0F / kFixedOne);
-  }
-  consumers_sync();
-  if (b.p.mixer_eps > 0.0F) {  // Falcon-Mamba: dt_low, B and C each by its root mean square
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    for (int unit = static_cast<int>(threadIdx.x / 32); unit < 3 * B; unit += kWarps) {
-      const int part = unit % 3;
-      const int width = part == 0 ? b.p.dt_rank : kState;
-      float* v = b.dbc + unit / 3 * J + (part == 0 ? 0 : b.p.dt_rank + (part - 1) * kState);
-      float sum = 0.0F;
-      for (int i = lane; i < width; i += 32) sum += v[i] * v[i];
-      const float scale = rsqrtf(warp_sum(sum) / static_cast<float>(width) + b.p.mixer_eps);
-      for (int i = lane; i < width; i += 32) v[i] *= scale;
-    }
-    consumers_sync();
-  }
-}
-
-/// A thread's parameters of the state update: channel threadIdx.x / 8, two of its states.
-struct UpdateInputs {
-  float2 A;
-  float D, dt_bias;
-  template <typename T, int B>
-  __device__ void load(const Block<T, B>& b, const StepLayer& w) {
-    const int c = static_cast<int>(threadIdx.x) / kLanes;
-    if (c >= b.channels.n) return;
-    const int64_t e = b.channels.begin + c;
-    A = request2(w.A + e * kState + 2 * (threadIdx.x % kLanes));
-    D = request(w.D + e);
-    dt_bias = request(w.dt_bias + e);
-  }
-};
-
-/// Phase 2: dt, the state and y of the own channels. 8 lanes share a channel, 2 states each.
-template <typename T, int B>
-__device__ __forceinline__ void update_state(const Block<T, B>& b, Ring& ring, const StepLayer& w,
-                                             const UpdateInputs& in) {
-  const int R = b.p.dt_rank;
-  const int c = static_cast<int>(threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const bool live = c < b.channels.n;
-  float dt[B] = {};
-  const int per_stage = kStageBytes / (R * 2);
-  for (int first = 0; first < b.channels.n; first += per_stage) {
-    ring.wait_full();
-    if (live && c >= first && c < first + per_stage) {
-      const T* row = reinterpret_cast<const T*>(ring.data()) + (c - first) * R;
-#pragma unroll 4
-      for (int r = 2 * lane; r < R; r += 2 * kLanes) {
-        const auto two = *reinterpret_cast<const Two<T>*>(row + r);
-        const float w0 = to_float(two.a);
-        const float w1 = to_float(two.b);
-#pragma unroll
-        for (int n = 0; n < B; ++n) {
-          const float2 low = *reinterpret_cast<const float2*>(b.dbc + n * b.p.n_proj + r);
-          dt[n] = fmaf(w1, low.y, fmaf(w0, low.x, dt[n]));
-        }
-      }
-    }
-    ring.release();
-  }
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) dt[n] += __shfl_xor_sync(0xffffffffU, dt[n], d);
-  }
-
-  const int64_t e = b.channels.begin + c;
-  const int block_bytes = b.channels.n * kState * (b.p.state_type == DType::f32 ? 4 : 2);
-  const int per_state = blocks_per_stage(block_bytes);
-  float y[B];
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-    const int place = n % per_state;
-    if (place == 0) ring.wait_full();
-    y[n] = 0.0F;
-    if (live && b.slot[n] >= 0) {
-      const float* bc = b.dbc + n * b.p.n_proj + R + 2 * lane;
-      const float2 of_B = *reinterpret_cast<const float2*>(bc);
-      const float2 of_C = *reinterpret_cast<const float2*>(bc + kState);
-      const float step = softplus(dt[n] + in.dt_bias);
-      const float dx = step * b.xz[n * b.p.at.xz_pitch + c];
-      const float decay[2] = {exp2_fast(step * (in.A.x * kLog2e)),
-                              exp2_fast(step * (in.A.y * kLog2e))};
-      const int at = c * kState + 2 * lane;
-      const int64_t to = (b.slot[n] * static_cast<int64_t>(b.p.d_inner) + e) * kState + 2 * lane;
-      const auto update = [&](auto s) {
-        using S = decltype(s);
-        const auto old = *reinterpret_cast<const Two<S>*>(
-            reinterpret_cast<const S*>(ring.data() + place * block_bytes) + at);
-        const float h0 = fmaf(decay[0], to_float(old.a), dx * of_B.x);
-        const float h1 = fmaf(decay[1], to_float(old.b), dx * of_B.y);
-        *reinterpret_cast<Two<S>*>(static_cast<S*>(w.ssm_state) + to) = {from_float<S>(h0),
-                                                                         from_float<S>(h1)};
-        y[n] = fmaf(of_C.y, h1, of_C.x * h0);
-      };
-      if (b.p.state_type == DType::f32) {
-        update(float{});
-      } else if (b.p.state_type == DType::bf16) {
-        update(__nv_bfloat16{});
+    for (int j = 0; j < kHere; ++j) {
+      const int seq = seq0 + j;
+      const int from = (t.lane & ~3) + seq / 2;
+      const float s = __shfl_sync(0xffffffffU, seq % 2 == 0 ? step[0] : step[1], from);
+      const float d = __shfl_sync(0xffffffffU, seq % 2 == 0 ? dx[0] : dx[1], from);
+      const float* z =
+          z_shares + tile * kGroupPitch<B> + 4 * quarter * kWarpPitch<B> + seq * kRows + group;
+      z_share[j] = z[0] + z[kWarpPitch<B>] + (z[2 * kWarpPitch<B>] + z[3 * kWarpPitch<B>]);
+      y_share[j] = 0.0F;
+      if (!inside || !lives(own, seq)) continue;
+      const float* dbc = shared_array<const float>(p.at.dbc) + seq * p.n_proj + R + 4 * quarter;
+      const float4 of_B = *reinterpret_cast<const float4*>(dbc);
+      const float4 of_C = *reinterpret_cast<const float4*>(dbc + kState);
+      char* state =
+          to + (own.slot[seq] * static_cast<int64_t>(p.d_inner) + own.channels.begin + channel) *
+                   row_bytes;
+      const char* old = states + (seq * n + channel) * row_bytes + quarter * (row_bytes / 4);
+      if (p.state_type == DType::f32) {
+        y_share[j] = advance_state<float>(state, old, s, d, A, of_B, of_C);
+      } else if (p.state_type == DType::bf16) {
+        y_share[j] = advance_state<__nv_bfloat16>(state, old, s, d, A, of_B, of_C);
       } else {
-        update(__half{});
+        y_share[j] = advance_state<__half>(state, old, s, d, A, of_B, of_C);
       }
     }
-    if (place == per_state - 1 || n == B - 1) ring.release();
-  }
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) y[n] += __shfl_xor_sync(0xffffffffU, y[n], d);
-  }
-  // Lane n finishes sequence n.
-#pragma unroll
-  for (int n = 0; n < B; ++n) {
-    if (lane != n || !live || b.slot[n] < 0) continue;
-    const float* own = b.xz + n * b.p.at.xz_pitch;
-    const float gated = fmaf(in.D, own[c], y[n]) * silu(own[b.channels.n + c]);
-    static_cast<T*>(b.p.y)[static_cast<int64_t>(n) * b.p.d_inner + e] = from_float<T>(gated);
-  }
-}
-
-/// Brings to L2 what the next layer needs besides the ring: with the memory busy streaming, a
-/// request takes many times its usual latency.
-template <typename T, int B>
-__device__ __forceinline__ void prefetch_layer(const Block<T, B>& b, const StepLayer& w) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const auto span = [&](int by, const void* from, int bytes) {
-    if (by != warp || bytes == 0) return;
-    for (int at = lane * 128; at < bytes + 127; at += 32 * 128) {
-      prefetch_l2(static_cast<const char*>(from) + min(at, bytes - 1));
+    const int seq = seq0 + quarter % kHere;
+    const float z = to_float(from_float<T>(
+        fmaf(quad_sum(z_share, quarter), left_of<B>(p)[seq], record[kZBias * n + channel])));
+    const float gated = fmaf(record[kD * n + channel], to_float(x_of[seq * kChannelPitch]),
+                             quad_sum(y_share, quarter)) *
+                        silu(z);
+    const float next = __shfl_down_sync(0xffffffffU, gated, 4);
+    if (inside && group % 2 == 0 && quarter < kHere && lives(own, seq)) {
+      const int at = place(own.channels.begin + channel, seq);
+      publish(reinterpret_cast<uint32_t*>(y) + at,
+              word_of(from_float<T>(gated), from_float<T>(next)));
     }
-  };
-  const int64_t first = b.channels.begin;
-  const int n = b.channels.n;
-  span(0, w.conv + first * kConv, n * kConv * 4);
-  span(1, w.A + first * kState, n * kState * 4);
-  span(2, w.D + first, n * 4);
-  span(3, w.dt_bias + first, n * 4);
-  if (w.conv_bias != nullptr) span(4, w.conv_bias + first, n * 4);
-  for (int i = warp; i < B * (kConv - 1); i += kWarps) {
-    const int slot = b.slot[i / (kConv - 1)];
-    if (slot < 0) continue;
-    const int64_t row = static_cast<int64_t>(slot) * (kConv - 1) + i % (kConv - 1);
-    span(warp, static_cast<const T*>(w.conv_state) + row * b.p.d_inner + first, n * 2);
   }
-  // All blocks need the norm's weights: each brings a line of them.
-  const int line = static_cast<int>(blockIdx.x) * 128;
-  if (threadIdx.x == kThreads - 1 && line < b.p.d_model * 4) {
-    prefetch_l2(reinterpret_cast<const char*>(w.norm) + line);
-  }
+  ring.release(B * n * row_bytes);
 }
 
-template <typename T, int B>
-__device__ void consume(const Block<T, B>& b, Ring ring) {
-  const StepParams& p = b.p;
-  const int tid = static_cast<int>(threadIdx.x);
+template <typename T, int B, int kSums, int kTurns>
+__device__ void consume(const StepParams& p) {
+  Ring ring{p};
   const int D = p.d_model;
   const int E = p.d_inner;
-  GridBarrier grid{p.barrier, __ldcg(p.barrier + 1)};
-
-  const auto embedded = [&](int n, int q) {
-    const T* row = static_cast<const T*>(p.embedding) + static_cast<int64_t>(p.ids[n]) * D;
-    const auto v = *reinterpret_cast<const Quad<T>*>(row + 4 * q);
-    return float4{to_float(v.v[0]), to_float(v.v[1]), to_float(v.v[2]), to_float(v.v[3])};
-  };
-  const auto streamed = [&](int n, int q) {
-    return __ldcg(
-        reinterpret_cast<const float4*>(p.residual + static_cast<int64_t>(n) * D + 4 * q));
-  };
-
-  NormWeights norm;
-  norm.load(b.layers[0].norm, D);
-  ConvInputs<T> conv;
-  conv.load(b, b.layers[0]);
-  // The own rows of the residual stream stay here; the others read a copy.
-  for (int i = tid; i < B * b.rows.n; i += kThreads) {
-    const int n = i / b.rows.n;
-    const int r = i % b.rows.n;
-    if (n >= p.n_seq) continue;
-    b.residual[n * p.at.residual_pitch + r] = to_float(
-        static_cast<const T*>(p.embedding)[static_cast<int64_t>(p.ids[n]) * D + b.rows.begin + r]);
-  }
-
-  if (tid < B) b.scale[tid] = 1.0F;
-  consumers_sync();
-
-  for (int l = 0; l < p.n_layer; ++l) {
-    const StepLayer& w = b.layers[l];
-    const auto sums_of = [&](int layer) { return p.dbc + layer % kSums * 8 * p.n_proj; };
-    unsigned long long* dbc = sums_of(l);
-    if (l + 1 < p.n_layer) prefetch_layer(b, b.layers[l + 1]);
-
-    // 1
-    if (l == 0) {
-      normalise(b, norm, embedded);
-    } else {
-      normalise(b, norm, streamed);
+  {
+    const Thread t;
+    const int64_t sum_bytes = int64_t{8} * kSeqs * p.n_proj;
+    auto* other_set = reinterpret_cast<uint4*>(
+        own_of(p).set == p.exchange ? p.exchange + p.set_bytes : p.exchange);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + t.warp * 32 + t.lane;
+         i < p.set_bytes / 16; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+      const uint32_t fill = i < sum_bytes / 16 ? 0 : kAbsent;
+      other_set[i] = uint4{fill, fill, fill, fill};
     }
-    product(b, ring, 2 * b.channels.n, D, [&](int i, int n, float v) {
-      const bool is_x = i < b.channels.n;
-      v *= b.scale[B + n];
-      if (w.in_bias != nullptr) {
-        v += w.in_bias[is_x ? b.channels.begin + i : E + b.channels.begin + i - b.channels.n];
+    if (t.warp == 0 && t.lane < B) scale_of<B>(p, 0)[t.lane] = 1.0F;
+  }
+  const auto u_of = [&](int l) { return buffer_of(p, l); };
+  const auto y_of = [&](int l) { return u_of(l) + int64_t{16} * anew(D); };
+  const auto squares_of = [&](int l) { return y_of(l) + int64_t{16} * anew(E); };
+
+  consumers_sync();
+  {
+    const Thread t;
+    const Own& own = own_of(p);
+    if (t.warp < B && lives(own, t.warp)) {
+      float weight = 0.0F;
+      float& residual = residual_of(p);
+      residual = 0.0F;
+      if (t.lane < own.rows.n) {
+        residual = to_float(static_cast<const T*>(
+            p.embedding)[static_cast<int64_t>(p.ids[t.warp]) * D + own.rows.begin + t.lane]);
+        weight = p.norm[own.rows.begin + t.lane];
       }
-      v = to_float(from_float<T>(v));
-      if (is_x) {  // the first pass: the value for which this thread has loaded `conv`
-        T* state = static_cast<T*>(w.conv_state) +
-                   static_cast<int64_t>(b.slot[n]) * (kConv - 1) * E + b.channels.begin + i;
-        state[0] = conv.window[1];
-        state[E] = conv.window[2];
-        state[2 * E] = from_float<T>(v);
-        float c = fmaf(conv.weight.x, to_float(conv.window[0]), conv.bias);
-        c = fmaf(conv.weight.y, to_float(conv.window[1]), c);
-        c = fmaf(conv.weight.z, to_float(conv.window[2]), c);
-        c = fmaf(conv.weight.w, v, c);
-        v = to_float(from_float<T>(silu(c)));
+      publish_residual<T, B>(p, 0, t.warp, residual, weight);
+    }
+  }
+  uint4 v[kHeld];
+  unsigned long long seen[kSums] = {};
+
+#pragma unroll 1
+  for (int l = 0; l < p.n_layer; ++l) {
+    // 1
+    {
+      gather<B>(p, v, u_of(l), D);
+      Squares<B> squares(p, squares_of(l));
+      squares.look();
+      multiply<T, B>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l));
+      squares.finish(p);
+    }
+    sync_after_u();
+    mbarrier_wait(small_full(l), static_cast<uint32_t>(l / 2) % 2);
+    {
+      const Thread t;
+      const float* scale = scale_of<B>(p, l);
+      if (t.warp == kWarps - 1 && t.lane < B) {
+        const float s = norm_scale(p, t.lane);
+        left_of<B>(p)[t.lane] = __fdividef(s, scale[t.lane]);
+        scale_of<B>(p, l + 1)[t.lane] = s;
       }
-      b.xz[n * p.at.xz_pitch + i] = v;
-    });
+      const int seq = t.warp % B;
+      const int channel = t.warp / B * 32 + t.lane;
+      if (channel < own_of(p).channels.n && lives(own_of(p), seq)) {
+        convolve<T>(p, l, channel, seq,
+                    summed<B>(shares_of<B>(p, l), channel, seq) *
+                        __fdividef(norm_scale(p, seq), scale[seq]));
+      }
+    }
     consumers_sync();
-    add_x_proj(b, ring, dbc);
-    grid.arrive();
-    UpdateInputs update;
-    update.load(b, w);
-    grid.wait();
+    add_x_proj<T, B>(p, ring);
+    multiply<T, B>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l + 1));
 
     // 2
-    read_dbc(b, dbc);
-    update_state(b, ring, w, update);
-    grid.arrive();
-    grid.wait();
+    read_dbc<T, B>(p, seen);
+    if (own_of(p).channels.n > 0) {
+      update_state<T, B>(p, ring, l, shares_of<B>(p, l + 1), y_of(l));
+    }
 
     // 3
-    for (int i = tid; i < B * (E / 8); i += kThreads) {
-      const int n = i / (E / 8);
-      const int at = i % (E / 8) * 8;
-      if (b.slot[n] < 0) continue;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       shared_address(b.activations + n * p.at.activation_pitch + at)),
-                   "l"(static_cast<const T*>(p.y) + static_cast<int64_t>(n) * E + at)
-                   : "memory");
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int first = turn * kHeld * kSpan;
+      const int columns = min(kHeld * kSpan, anew(E) - first);
+      gather<B>(p, v, y_of(l) + first * (2 * kSeqs), columns);
+      multiply<T, B>(ring, own_of(p).rows.n, columns, v, shares_of<B>(p, l), turn > 0);
     }
-    if (static_cast<int>(blockIdx.x) == l % static_cast<int>(gridDim.x)) {
-      unsigned long long* next = sums_of(l + 1 < p.n_layer ? l + 1 : 0);
-      for (int i = tid; i < 8 * p.n_proj; i += kThreads) next[i] = 0;
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
     consumers_sync();
-    product(b, ring, b.rows.n, E, [&](int i, int n, float v) {
-      float& r = b.residual[n * p.at.residual_pitch + i];
-      r += w.out_bias != nullptr ? v + w.out_bias[b.rows.begin + i] : v;
-      p.residual[static_cast<int64_t>(n) * D + b.rows.begin + i] = r;
-    });
-    grid.arrive();
-    if (l + 1 < p.n_layer) {
-      norm.load(b.layers[l + 1].norm, D);
-      conv.load(b, b.layers[l + 1]);
-    } else {
-      norm.load(p.norm_f, D);
+    {
+      const Thread t;
+      const Own& own = own_of(p);
+      if (t.warp < B && lives(own, t.warp)) {
+        float weight = 0.0F;
+        float& residual = residual_of(p);
+        if (t.lane < own.rows.n) {
+          const float* of_row =
+              reinterpret_cast<const float*>(small_of(p, l)) + kParams * own.channels.n + t.lane;
+          weight = of_row[0];
+          residual += summed<B>(shares_of<B>(p, l), t.lane, t.warp) + of_row[own.rows.n];
+        }
+        publish_residual<T, B>(p, l + 1, t.warp, residual, weight);
+      }
     }
-    grid.wait();
+    __syncwarp();
+    if (warp_arrives()) mbarrier_arrive(small_empty(l));
   }
 
-  normalise(b, norm, streamed);
-  product(b, ring, b.words.n, D, [&](int i, int n, float v) {
-    p.logits[n * p.logits_stride + b.words.begin + i] = v * b.scale[B + n];
-  });
-  // Everybody has read it, or could not have arrived at the barriers above.
-  if (blockIdx.x == 0 && tid == 0) p.barrier[1] = grid.target;
+  const int end = p.n_layer;
+  {
+    gather<B>(p, v, u_of(end), D);
+    Squares<B> squares(p, squares_of(end));
+    squares.finish(p);
+  }
+  const int head_rows = p.groups * kRows;
+  const Run words = own_of(p).words;
+#pragma unroll 1
+  for (int first = 0; first < words.n; first += head_rows) {
+    const int here = min(head_rows, words.n - first);
+    float* shares = shares_of<B>(p, end + first / head_rows);
+    multiply<T, B>(ring, here, D, v, shares);
+    consumers_sync();
+    const Thread t;
+    const int seq = t.warp % B;
+    const int row = t.warp / B * 32 + t.lane;
+    if (row < here && lives(own_of(p), seq)) {
+      p.logits[seq * p.logits_stride + words.begin + first + row] =
+          summed<B>(shares, row, seq) * __fdividef(norm_scale(p, seq), scale_of<B>(p, end)[seq]);
+    }
+  }
+  // Everybody has read it, or could not have published what this block has waited for.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.launches += 1;
 }
 
-template <typename T, int B>
-__global__ void __launch_bounds__(kThreads + 32, 1)
+template <typename T, int B, int kSums, int kTurns>
+__global__ void __launch_bounds__(kAllThreads, 1)
     mamba1_step_wide_kernel(const __grid_constant__ StepParams p) {
-  extern __shared__ __align__(128) char shared[];
   const int tid = static_cast<int>(threadIdx.x);
   const int block = static_cast<int>(blockIdx.x);
   const int blocks = static_cast<int>(gridDim.x);
-  Ring ring{shared + p.at.ring, shared_address(shared), shared_address(shared) + 8 * kMaxStages,
-            p.n_stage};
   if (tid == 0) {
-    for (int i = 0; i < p.n_stage; ++i) {
-      mbarrier_init(ring.full + 8 * i, 1);
-      mbarrier_init(ring.empty + 8 * i, kWarps * kWarpArrivals);
+    const Ring ring{p};
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(small_full(i), 1);
+      mbarrier_init(small_empty(i), kWarps * kWarpArrivals);
+    }
+    for (int i = 0; i < kPieces; ++i) {
+      mbarrier_init(ring.full(i), 1);
+      mbarrier_init(ring.empty(i), kWarps * kWarpArrivals);
     }
     mbarrier_init_done();
+    Own own{PairRun(p.d_inner, block, blocks),
+            PairRun(p.d_model, block, blocks),
+            Run(p.vocab_rows, block, blocks),
+            0,
+            {},
+            p.exchange + __ldcg(p.launches) % 2 * p.set_bytes};
+    for (int i = 0; i < kSeqs; ++i) {
+      own.slot[i] = i < p.n_seq ? p.slots[i] : -1;
+      if (own.slot[i] >= 0) own.live |= 1U << i;
+    }
+    *shared_array<Own>(p.at.own) = own;
   }
-  auto* table = reinterpret_cast<StepLayer*>(shared + p.at.table);
   const int words = p.n_layer * static_cast<int>(sizeof(StepLayer) / 8);
-  for (int i = tid; i < words; i += kThreads + 32) {
-    reinterpret_cast<uint64_t*>(table)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
+  for (int i = tid; i < words; i += kAllThreads) {
+    shared_array<uint64_t>(p.at.table)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
   }
-  const Block<T, B> b{p,
-                      Run(p.d_inner, block, blocks),
-                      Run(p.d_model, block, blocks),
-                      Run(p.vocab_rows, block, blocks),
-                      table,
-                      reinterpret_cast<T*>(shared + p.at.activations),
-                      reinterpret_cast<float*>(shared + p.at.xz),
-                      reinterpret_cast<float*>(shared + p.at.residual),
-                      reinterpret_cast<float*>(shared + p.at.dbc),
-                      reinterpret_cast<float*>(shared + p.at.sums),
-                      reinterpret_cast<float*>(shared + p.at.scale),
-                      reinterpret_cast<float*>(shared + p.at.scratch),
-                      reinterpret_cast<const int*>(shared + p.at.slots)};
-  if (tid < B) reinterpret_cast<int*>(shared + p.at.slots)[tid] = tid < p.n_seq ? p.slots[tid] : -1;
+  // What no sequence and no channel fills is read all the same.
+  for (int i = p.at.x + 4 * tid; i < p.at.squares; i += 4 * kAllThreads) {
+    *shared_array<unsigned>(i) = 0;
+  }
   __syncthreads();
   if (tid / 32 == kWarps) {
-    produce(b, ring);
+    produce<T, B>(p);
+  } else if (tid / 32 > kWarps) {
+    empty_places<B>(p);
   } else {
-    consume(b, ring);
+    consume<T, B, kSums, kTurns>(p);
   }
 }
 
 #else
 
-template <typename T, int B>
+template <typename T, int B, int kSums, int kTurns>
 __global__ void mamba1_step_wide_kernel(const __grid_constant__ StepParams) {}
 
 #endif
+
+struct RecordParams {
+  const float *conv, *conv_bias, *in_bias, *dt_bias, *A, *D;
+  const float *next_norm, *out_bias;
+};
+
+/// The parameters of the channels and rows of each block, side by side.
+__global__ void pack_kernel(float* to, int record, RecordParams w, int d_inner, int d_model) {
+  const auto block = static_cast<int>(blockIdx.x);
+  const PairRun run(d_inner, block, static_cast<int>(gridDim.x));
+  const PairRun rows(d_model, block, static_cast<int>(gridDim.x));
+  const auto threads = static_cast<int>(blockDim.x);
+  float* mine = to + static_cast<int64_t>(block) * record;
+  for (int c = static_cast<int>(threadIdx.x); c < run.n; c += threads) {
+    const int e = run.begin + c;
+    for (int i = 0; i < kConv; ++i) mine[c * kConv + i] = w.conv[e * kConv + i];
+    for (int i = 0; i < kState; ++i) {
+      mine[kA * run.n + c * kState + i] = w.A[e * kState + i] * kLog2e;
+    }
+    const auto put = [&](int at, const float* from, int i) {
+      mine[at * run.n + c] = from != nullptr ? from[i] : 0.0F;
+    };
+    put(kConvBias, w.conv_bias, e);
+    put(kXBias, w.in_bias, e);
+    put(kZBias, w.in_bias, d_inner + e);
+    put(kDtBias, w.dt_bias, e);
+    put(kD, w.D, e);
+  }
+  float* of_rows = mine + kParams * run.n;
+  for (int r = static_cast<int>(threadIdx.x); r < rows.n; r += threads) {
+    of_rows[r] = w.next_norm[rows.begin + r];
+    of_rows[rows.n + r] = w.out_bias != nullptr ? w.out_bias[rows.begin + r] : 0.0F;
+  }
+}
 
 }  // namespace
 
@@ -828,68 +1193,81 @@ __global__ void mamba1_step_wide_kernel(const __grid_constant__ StepParams) {}
 struct Mamba1WideStepper::Plan {
   std::vector<StepLayer> layers;  // what the device has, but for x_proj_t: the plan's identity
   std::vector<Buffer> memory;
-  StepParams params{};
-  DType weight_type = DType::bf16;
+  const StepLayer* device_layers = nullptr;
+  const float* records = nullptr;
+  char* exchange = nullptr;
+  unsigned* launches = nullptr;
 };
 
 namespace {
 
-/// Shared memory for B sequences; the ring takes what is left. n_stage 0: too little is.
+/// Places everything in shared memory; the ring takes what is left. False: too little is.
 template <int B>
-void lay_out(StepParams& p, int blocks, int shared_limit) {
-  const auto most = [&](int total) { return static_cast<int>(ceil_div(total, blocks)); };
+bool lay_out(StepParams& p) {
+  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  int next = 2 * 8 * kMaxStages;
+  int next = 2 * 8 * kPieces + 32;
   const auto place = [&](int bytes) {
     const int here = next;
     next += round_up(bytes, 16);
     return here;
   };
-  at.slots = place(B * 4);
+  at.held = place(kPieces * 4);
+  at.own = place(sizeof(Own));
   at.table = place(p.n_layer * static_cast<int>(sizeof(StepLayer)));
-  // 16 bytes more than a row spread the sequences over the banks.
-  at.activation_pitch = std::max(p.d_model, p.d_inner) + 8;
-  at.activations = place(B * at.activation_pitch * 2);
-  at.xz_pitch = 2 * most(p.d_inner);
-  at.xz = place(B * at.xz_pitch * 4);
-  at.residual_pitch = most(p.d_model);
-  at.residual = place(B * at.residual_pitch * 4);
+  at.x = place(B * kChannelPitch * 2);
   at.dbc = place(B * p.n_proj * 4);
-  at.sums = place(B * kWarps * 4);
-  at.scale = place(2 * B * 4);
-  at.scratch = place(kScratchFloats<B> * 4);
+  // Two rows of dt_low lie in different banks.
+  at.low_pitch = round_up(p.dt_rank, 32) / 32 % 2 == 1 ? round_up(p.dt_rank, 32)
+                                                       : round_up(p.dt_rank, 32) + 32;
+  at.low = place(2 * B * at.low_pitch * 2);
+  at.residual = place(B * 32 * 4);
+  at.squares = place(B * kWarps * 4);
+  at.scale = place(3 * B * 4);
+  p.groups = static_cast<int>(ceil_div(std::max(p.most_channels, p.most_rows), kRows));
+  at.shares_bytes = p.groups * kGroupPitch<B> * 4;
+  at.shares = place(2 * at.shares_bytes);
+  at.windows = round_up(p.record * 4, 128);
+  at.small_bytes = at.windows + round_up(B * (kConv - 1) * 2 * p.window_pitch, 128);
+  next = round_up(next, 128);
+  at.small = place(2 * at.small_bytes);
   at.ring = round_up(next, 128);
-  p.n_stage = std::clamp((shared_limit - at.ring) / kStageBytes, 0, kMaxStages);
-  if (p.n_stage < 4) p.n_stage = 0;
+  at.ring_bytes = (shared_limit - at.ring) / 128 * 128;
+  const int state = kState * (p.state_type == DType::f32 ? 4 : 2);
+  const int piece = std::max({kRows * (2 * kSpans * kSpan + 16), p.most_channels * p.proj_pitch * 2,
+                              p.most_channels * p.dt_rank * 2, p.most_channels * B * state});
+  return at.ring_bytes >= 2 * piece;
 }
 
-/// False: not built for these sizes. `refused`: the device had no room for all blocks at once.
+template <typename T, int B, int kSums, int kTurns>
+bool launch_step(StepParams p, int blocks, bool& refused, cudaStream_t stream) {
+  return lay_out<B>(p) &&
+         launch_together(&mamba1_step_wide_kernel<T, B, kSums, kTurns>, blocks, kAllThreads,
+                         p.at.ring + p.at.ring_bytes, p, refused, stream);
+}
+
+/// A thread reads as many sums of x_proj as registers are kept for (192 rows, as in 2.8b, or 288,
+/// as in 7b), and y in one or two turns.
 template <typename T, int B>
-bool launch_step(StepParams p, bool& refused, cudaStream_t stream) {
-  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
-  lay_out<B>(p, blocks, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (p.n_stage == 0) return false;
-  auto* kernel = &mamba1_step_wide_kernel<T, B>;
-  const int shared = p.at.ring + p.n_stage * kStageBytes;
-  return launch_together(kernel, blocks, kThreads + 32, shared, p, refused, stream);
+bool launch_step(const StepParams& p, int blocks, bool& refused, cudaStream_t stream) {
+  constexpr auto kFew = static_cast<int>(ceil_div(192 * B, kThreads));
+  constexpr auto kMany = static_cast<int>(ceil_div(288 * B, kThreads));
+  const int64_t sums = ceil_div(p.n_proj, kThreads / B);
+  const int64_t turns = ceil_div(p.d_inner, kHeld * kSpan);
+  if (sums <= kFew && turns == 1) return launch_step<T, B, kFew, 1>(p, blocks, refused, stream);
+  return sums <= kMany && turns <= 2 && launch_step<T, B, kMany, 2>(p, blocks, refused, stream);
 }
 
 template <typename T>
-bool launch_step(const StepParams& p, bool& refused, cudaStream_t stream) {
-  if (p.n_seq == 1) return launch_step<T, 1>(p, refused, stream);
-  if (p.n_seq == 2) return launch_step<T, 2>(p, refused, stream);
-  if (p.n_seq <= 4) return launch_step<T, 4>(p, refused, stream);
-  return launch_step<T, 8>(p, refused, stream);
+bool launch_step(const StepParams& p, int blocks, bool& refused, cudaStream_t stream) {
+  if (p.n_seq == 1) return launch_step<T, 1>(p, blocks, refused, stream);
+  if (p.n_seq == 2) return launch_step<T, 2>(p, blocks, refused, stream);
+  return p.n_seq <= 4 ? launch_step<T, 4>(p, blocks, refused, stream)
+                      : launch_step<T, 8>(p, blocks, refused, stream);
 }
 
 StepLayer pointers(const Mamba1Layer& w, const std::vector<Tensor>& state) {
-  return {w.in_proj.data,        nullptr,
-          w.dt_proj.data,        w.out_proj.data,
-          w.norm.as<float>(),    w.in_proj_bias.as<float>(),
-          w.conv1d.as<float>(),  w.conv1d_bias.as<float>(),
-          w.dt_bias.as<float>(), w.A.as<float>(),
-          w.D.as<float>(),       w.out_proj_bias.as<float>(),
-          state[0].data,         state[1].data};
+  return {w.in_proj.data, nullptr, w.dt_proj.data, w.out_proj.data, state[0].data, state[1].data};
 }
 
 }  // namespace
@@ -901,58 +1279,90 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
                             const Batch& batch, std::span<const std::vector<Tensor>> state,
                             cudaStream_t stream) {
   if (refused_) return false;
+  const Mamba1Layer& l = weights.layers.front();
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const auto n_layer = static_cast<int64_t>(weights.layers.size());
+  const int64_t D = l.norm.dim(0);
+  const int64_t E = l.D.dim(0);
+  const int64_t J = l.x_proj.dim(0);
+  StepParams p{};
+  p.n_layer = static_cast<int>(n_layer);
+  p.d_model = static_cast<int>(D);
+  p.d_inner = static_cast<int>(E);
+  p.dt_rank = static_cast<int>(l.dt_proj.dim(1));
+  p.n_proj = static_cast<int>(J);
+  p.proj_pitch = static_cast<int>(J / 8 % 2 == 0 ? J + 8 : J);  // an odd number of 16 bytes
+  p.most_channels = static_cast<int>(2 * ceil_div(E / 2, blocks));
+  p.most_rows = static_cast<int>(2 * ceil_div(D / 2, blocks));
+  if (blocks > kMaxBlocks || p.most_channels > kMaxChannels || p.most_rows > kMaxRows ||
+      D > kHeld * kSpan) {
+    return false;
+  }
+  p.window_pitch = round_up(p.most_channels, 8) + 16;
+  p.record = round_up(p.most_channels * kParams + 2 * p.most_rows, 4);
+  p.norm = l.norm.as<float>();
+  p.buffer_bytes = 16 * (D + E) + int64_t{4} * kSeqs * blocks;
+  p.set_bytes = int64_t{8} * kSeqs * J + 2 * p.buffer_bytes;
+  set_inputs(p, weights, logits, ids, batch, state);
+
   std::vector<StepLayer> layers;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     layers.push_back(pointers(weights.layers[i], state[i]));
   }
   Plan* plan = find_plan(plans_, layers);
-  const Mamba1Layer& l = weights.layers.front();
   if (plan == nullptr) {
-    const int64_t E = l.D.dim(0);
-    const int64_t J = l.x_proj.dim(0);
-    const auto n_layer = static_cast<int64_t>(layers.size());
     auto made = std::make_unique<Plan>();
     made->layers = layers;
-    made->weight_type = l.in_proj.dtype;
-    const auto keep = [&](size_t bytes) {
-      made->memory.push_back(allocate_(bytes, "decode step"));
+    const auto keep = [&](int64_t bytes) {
+      made->memory.push_back(allocate_(static_cast<size_t>(bytes), "decode step"));
       return made->memory.back().data();
     };
-    auto* transposed = static_cast<char*>(keep(static_cast<size_t>(n_layer * E * J * 2)));
+    const auto fill = [&](void* at, int byte, int64_t bytes) {
+      KRAIT_CUDA(cudaMemsetAsync(at, byte, static_cast<size_t>(bytes), stream));
+    };
+    const int64_t proj_bytes = E * p.proj_pitch * 2;
+    auto* transposed = static_cast<char*>(keep(n_layer * proj_bytes));
+    auto* records = static_cast<float*>(keep(n_layer * blocks * p.record * 4));
     for (size_t i = 0; i < layers.size(); ++i) {
-      void* to = transposed + static_cast<int64_t>(i) * E * J * 2;
-      transpose_kernel<<<static_cast<unsigned>(ceil_div(E * J, 256)), 256, 0, stream>>>(
-          static_cast<uint16_t*>(to), weights.layers[i].x_proj.as<uint16_t>(), J, E, J);
+      const Mamba1Layer& w = weights.layers[i];
+      void* to = transposed + static_cast<int64_t>(i) * proj_bytes;
+      transpose_kernel<<<static_cast<unsigned>(ceil_div(proj_bytes / 2, 256)), 256, 0, stream>>>(
+          static_cast<uint16_t*>(to), w.x_proj.as<uint16_t>(), J, E, p.proj_pitch);
       KRAIT_CUDA(cudaGetLastError());
       layers[i].x_proj_t = to;
+      const Tensor& next_norm = i + 1 < layers.size() ? weights.layers[i + 1].norm : weights.norm_f;
+      pack_kernel<<<static_cast<unsigned>(blocks), kMaxChannels, 0, stream>>>(
+          records + static_cast<int64_t>(i) * blocks * p.record, p.record,
+          {w.conv1d.as<float>(), w.conv1d_bias.as<float>(), w.in_proj_bias.as<float>(),
+           w.dt_bias.as<float>(), w.A.as<float>(), w.D.as<float>(), next_norm.as<float>(),
+           w.out_proj_bias.as<float>()},
+          p.d_inner, p.d_model);
+      KRAIT_CUDA(cudaGetLastError());
     }
-    StepParams& p = made->params;
     const size_t table = layers.size() * sizeof(StepLayer);
-    p.layers = static_cast<StepLayer*>(keep(table));
-    KRAIT_CUDA(cudaMemcpyAsync(const_cast<StepLayer*>(p.layers), layers.data(), table,
-                               cudaMemcpyHostToDevice, stream));
-    p.n_layer = static_cast<int>(n_layer);
-    p.d_model = static_cast<int>(l.norm.dim(0));
-    p.d_inner = static_cast<int>(E);
-    p.dt_rank = static_cast<int>(l.dt_proj.dim(1));
-    p.n_proj = static_cast<int>(J);
-    p.residual = static_cast<float*>(keep(static_cast<size_t>(8 * l.norm.dim(0) * 4)));
-    p.y = keep(static_cast<size_t>(8 * E * 2));
-    const auto zeroed = [&](size_t bytes) {
-      void* at = keep(bytes);
-      KRAIT_CUDA(cudaMemsetAsync(at, 0, bytes, stream));
-      return at;
-    };
-    p.dbc = static_cast<unsigned long long*>(zeroed(static_cast<size_t>(kSums * 8 * J * 8)));
-    p.barrier = static_cast<unsigned*>(zeroed(2 * sizeof(unsigned)));
+    auto* device_layers = static_cast<StepLayer*>(keep(static_cast<int64_t>(table)));
+    KRAIT_CUDA(
+        cudaMemcpyAsync(device_layers, layers.data(), table, cudaMemcpyHostToDevice, stream));
+    made->device_layers = device_layers;
+    made->records = records;
+    made->exchange = static_cast<char*>(keep(2 * p.set_bytes));
+    for (int set = 0; set < 2; ++set) {
+      char* at = made->exchange + set * p.set_bytes;
+      fill(at, 0, p.set_bytes - 2 * p.buffer_bytes);
+      fill(at + p.set_bytes - 2 * p.buffer_bytes, 0xff, 2 * p.buffer_bytes);
+    }
+    made->launches = static_cast<unsigned*>(keep(sizeof(unsigned)));
+    fill(made->launches, 0, sizeof(unsigned));
     KRAIT_CUDA(cudaStreamSynchronize(stream));  // `layers` goes
     plans_.push_back(std::move(made));
     plan = plans_.back().get();
   }
-  StepParams p = plan->params;
-  set_inputs(p, weights, logits, ids, batch, state);
-  return plan->weight_type == DType::bf16 ? launch_step<__nv_bfloat16>(p, refused_, stream)
-                                          : launch_step<__half>(p, refused_, stream);
+  p.layers = plan->device_layers;
+  p.records = plan->records;
+  p.exchange = plan->exchange;
+  p.launches = plan->launches;
+  return l.in_proj.dtype == DType::bf16 ? launch_step<__nv_bfloat16>(p, blocks, refused_, stream)
+                                        : launch_step<__half>(p, blocks, refused_, stream);
 }
 
 }  // namespace krait::cuda

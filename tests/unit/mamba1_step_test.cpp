@@ -216,6 +216,30 @@ INSTANTIATE_TEST_SUITE_P(
                  .n_layer = 2,
                  .vocab_rows = 1000,
                  .slots = {0, 1, 2, 3, 4, 5, 6, 7}},
+        StepCase{.name = "shape_of_1_4b_by_4",
+                 .d_model = 2048,
+                 .d_inner = 4096,
+                 .dt_rank = 128,
+                 .n_layer = 3,
+                 .vocab_rows = 1000,
+                 .slots = {0, 3, 8, 1}},
+        StepCase{.name = "shape_of_2_8b_in_f16_with_padding",
+                 .d_model = 2560,
+                 .d_inner = 5120,
+                 .dt_rank = 160,
+                 .n_layer = 3,
+                 .vocab_rows = 1000,
+                 .weights = DType::f16,
+                 .state = DType::f16,
+                 .slots = {6, 2, -1, 7, 0, 1}},
+        StepCase{.name = "odd_and_wide",
+                 .d_model = 2592,
+                 .d_inner = 5152,
+                 .dt_rank = 168,
+                 .n_layer = 2,
+                 .vocab_rows = 1004,
+                 .state = DType::bf16,
+                 .slots = {6, 2, 5, 7, 0}},
         StepCase{.name = "falcon", .family = "falcon-mamba", .slots = {1, 0}},
         StepCase{.name = "shape_of_falcon_7b",
                  .d_model = 4096,
@@ -262,20 +286,30 @@ TEST(Mamba1StepGpu, WhatIsNoNumberStaysNoNumber) {
 }
 
 TEST(Mamba1StepGpu, GivesTheSameBitsAfterTwoThousandSteps) {
-  const StepCase c{
+  const StepCase narrow{
       .name = "three", .d_model = 96, .d_inner = 1056, .dt_rank = 24, .slots = {2, 7, 4}};
-  const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-  const auto last = [&] {
-    Rig rig(*gpu.op, c, *gpu.model);
-    std::vector<float> logits;
-    for (uint64_t t = 0; t < 2000; ++t) {
-      logits = rig.feed(random_ids(3, gpu.model->config().vocab_size, t), true, c.slots);
-    }
-    return logits;
-  };
-  const auto first = last();
-  EXPECT_TRUE(std::all_of(first.begin(), first.end(), [](float v) { return std::isfinite(v); }));
-  EXPECT_EQ(last(), first);
+  const StepCase wide{.name = "eight",
+                      .d_model = 2560,
+                      .d_inner = 5120,
+                      .dt_rank = 160,
+                      .vocab_rows = 1000,
+                      .slots = {7, 6, 5, 4, 3, 2, 1, 8}};
+  for (const StepCase& c : {narrow, wide}) {
+    const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
+    const auto last = [&] {
+      Rig rig(*gpu.op, c, *gpu.model);
+      std::vector<float> logits;
+      for (uint64_t t = 0; t < 2000; ++t) {
+        const auto ids = random_ids(c.slots.size(), gpu.model->config().vocab_size, t);
+        logits = rig.feed(ids, true, c.slots);
+      }
+      return logits;
+    };
+    const auto first = last();
+    EXPECT_TRUE(std::all_of(first.begin(), first.end(), [](float v) { return std::isfinite(v); }))
+        << c.name;
+    EXPECT_EQ(last(), first) << c.name;
+  }
 }
 
 TEST(Mamba1StepGpu, LeavesToTheVerbsWhatItIsNotBuiltFor) {
