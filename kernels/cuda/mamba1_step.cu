@@ -47,9 +47,9 @@
 // barriers a layer, and in the narrow form only who needs what a barrier guards waits at it.
 //
 // Launch   cooperative, one block per SM: 16 consumer warps and the producer
-// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in supports() and lay_out(); else
-//          mamba1_step_wide.cu or the verbs. Narrow: d_model up to 1,024, 16 channels a block, no
-//          norms of dt_low, B and C
+// Needs    sm_90 (bulk copies), d_state 16, d_conv 4, sizes as in supports() and lay_out(): a layer
+//          of a block in its ring, as in 130m and 370m. Else mamba1_step_wide.cu or the verbs.
+//          Narrow: d_model up to 1,024, 16 channels a block, no norms of dt_low, B and C
 // Memory   besides the weights: x_proj transposed, and the channels' small parameters side by side,
 //          100 bytes a channel and layer; of narrow models out_proj transposed (130m 57 MB, 370m
 //          201 MB)
@@ -1630,10 +1630,10 @@ bool lay_out(StepParams& p, int blocks, bool narrow) {
   const int piece = std::max({(narrow ? kMostNarrow : p.in_rows) * (2 * p.d_model + 16),
                               p.out_rows * (2 * p.d_inner + 16), p.most_channels * p.proj_pitch * 2,
                               p.most_channels * (p.dt_rank * 2 + B * state)});
-  // With less than a fifth of a layer in the ring, the other form was faster.
+  // With less than a layer in the ring, the other form is faster.
   const int64_t layer = int64_t{2} * p.most_channels * (2 * p.d_model + p.n_proj + p.dt_rank) +
                         int64_t{2} * most_rows * p.d_inner;
-  return at.ring_bytes >= (narrow ? 5 : 2) * piece && 5 * at.ring_bytes >= layer;
+  return at.ring_bytes >= (narrow ? 5 : 2) * piece && at.ring_bytes >= layer;
 }
 
 /// f(std::integral_constant<int, B>) with the least B that takes n_seq sequences.

@@ -1,5 +1,5 @@
 // A whole decode step of a Mamba-1 model in one persistent kernel: mamba1_step.cu and, for wide
-// models at batch 4 and 8, mamba1_step_wide.cu.
+// models, mamba1_step_wide.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
