@@ -85,12 +85,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// One token of each sequence. A thread has V neighbouring channels of kSeqs sequences: all their
-/// inputs are on the way at once, and the weights are read once for all of them.
+/// inputs are on the way at once, and the weights are read once for all of them. `early`: the state
+/// may be read before the kernels before this one are done.
 template <typename T, int K, int V, int kSeqs>
 __global__ void __launch_bounds__(kThreads)
     conv1d_decode_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
                          const int32_t* seq_start, const int32_t* slots, int n_seq, int d_inner,
-                         int64_t out_stride, int64_t u_stride) {
+                         int64_t out_stride, int64_t u_stride, bool early) {
   using Row = Lane<T, V>;
   const int e = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * V;
   if (e >= d_inner) return after_previous();
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < V * K; ++i) w[i] = weight[static_cast<int64_t>(e) * K + i];
 #pragma unroll
   for (int c = 0; c < V; ++c) b[c] = bias != nullptr ? bias[e + c] : 0.0F;
-  after_previous();
+  if (!early) after_previous();
 
   Row in[kSeqs][K];  // the state, oldest first, and the input
   T* state[kSeqs];   // null: no such sequence
@@ -121,6 +122,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < K - 1; ++j)
       in[s][j] = *reinterpret_cast<const Row*>(state[s] + j * d_inner);
+  }
+  if (early) after_previous();
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    if (state[s] == nullptr) continue;
     in[s][K - 1] = *reinterpret_cast<const Row*>(u + token[s] * u_stride + e);
   }
 #pragma unroll
@@ -246,7 +252,7 @@ __global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
 }  // namespace
 
 void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
-                 const Tensor& conv_state, const Batch& batch, cudaStream_t stream) {
+                 const Tensor& conv_state, const Batch& batch, bool early, cudaStream_t stream) {
   visit_type(u.dtype, "conv1d_silu input", [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto k) {
@@ -269,7 +275,7 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                  weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
                  batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(),
                  static_cast<int>(batch.n_seq), static_cast<int>(d_inner), out.row_stride,
-                 u.row_stride);
+                 u.row_stride, early);
         };
         if (by_four && batch.n_seq >= 8) {
           return decode(kTwo, kFour, &conv1d_decode_kernel<T, K, 2, 4>);

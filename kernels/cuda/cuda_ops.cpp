@@ -4,9 +4,11 @@
 #include <atomic>
 #include <cstring>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "kernels/cuda/check.h"
@@ -41,6 +43,8 @@ namespace {
 
 /// Up to this many rows the hand-written kernel streams the weights faster than cuBLASLt does.
 constexpr int64_t kGemvRows = 4;
+/// Up to this many rows the products before a recurrence are ours.
+constexpr int64_t kEarlyRows = 128;
 /// From so many bytes of weights on a ring in shared memory pays for any number of rows.
 constexpr size_t kRingBytes = size_t{8} << 20;
 
@@ -157,12 +161,12 @@ class CudaOps final : public Ops {
   }
   void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
                    const Tensor& conv_state, const Batch& batch) override {
-    cuda::conv1d_silu(out, u, weight, bias, conv_state, batch, stream_);
+    cuda::conv1d_silu(out, u, weight, bias, conv_state, batch, early(conv_state, batch), stream_);
   }
   void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                       const Batch& batch) override {
     if (batch.max_len == 1) {
-      cuda::selective_state_update(y, in, ssm_state, batch, stream_);
+      cuda::selective_state_update(y, in, ssm_state, batch, early(ssm_state, batch), stream_);
     } else {
       cuda::selective_scan(y, in, ssm_state, batch, stream_);
     }
@@ -254,9 +258,12 @@ class CudaOps final : public Ops {
     if (s.graph == nullptr) {
       cudaGraph_t graph = nullptr;
       KRAIT_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+      read_early_.emplace();
       try {
         step();
+        read_early_.reset();
       } catch (...) {
+        read_early_.reset();
         cudaStreamEndCapture(stream_, &graph);
         if (graph != nullptr) cudaGraphDestroy(graph);
         (void)cudaGetLastError();
@@ -299,6 +306,14 @@ class CudaOps final : public Ops {
     cudaGraphExec_t graph = nullptr;
     uint64_t runs = 0;
   };
+
+  /// Whether a verb of a captured step may read `state` before the kernels before it are done. The
+  /// launch of a graph waits for all that came before, and of a graph only the verb that has a
+  /// state writes it: so the first one may. Behind cuBLASLt's products, which let nobody start
+  /// early, it would gain nothing.
+  bool early(const Tensor& state, const Batch& batch) {
+    return read_early_ && batch.n_seq <= kEarlyRows && read_early_->insert(state.data).second;
+  }
 
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
                bool accumulate) {
@@ -364,6 +379,8 @@ class CudaOps final : public Ops {
   Mailbox mailbox_;
   unsigned long long received_ = 0;
   std::unordered_map<uint64_t, Step> steps_;
+  /// The states that verbs of the step had so far; only while it is captured.
+  std::optional<std::unordered_set<const void*>> read_early_;
 };
 
 }  // namespace

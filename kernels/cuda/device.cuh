@@ -55,7 +55,8 @@ void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim
 ///
 /// From Hopper on a kernel may start while the one before it still runs (programmatic dependent
 /// launch), which hides its launch and its first weight loads. So every kernel begins with
-/// after_previous(), and before it touches nothing but weights.
+/// after_previous(), and before it touches nothing but what no kernel writes: weights, which
+/// sequences there are, and in a captured step the states (CudaOps::early).
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Args&&... args) {

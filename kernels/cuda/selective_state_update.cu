@@ -11,12 +11,15 @@
 //          with f32 state, 2 with 16-bit ones) hold 16 bytes of its state each, of as many
 //          sequences as they are: so each computes what one sequence needs once for the channel.
 //          Many short blocks: blocks that loop over more sequences, with the next ones' states on
-//          the way, were up to a third slower. Other d_state: one sequence a block, 4 threads a
-//          channel that stride over its states
+//          the way in registers, were up to a third slower, and with four groups on the way to
+//          shared memory made steps 2 to 8% longer, with or without dt_proj inside. In a captured
+//          step of few sequences the first blocks have their states before the kernel before this
+//          one is done. Other d_state: one sequence a block, 4 threads a channel that stride over
+//          its states
 // Bytes    n_seq * d_inner * (2 * d_state * sizeof(S) + 4 * sizeof(T)) + 4 * d_inner * d_state
 // Roofline under 1 FLOP per byte: bandwidth-bound; below ~10 MB the launch dominates
 // Measured H100 80GB HBM3, d_inner 5120, GB/s at batch 64, 256 and 1024 (tools/bench_ops): f32
-//          state 2,800, 2,840 and 2,740; bf16 state 2,830, 2,920 and 2,640
+//          state 2,820, 2,950 and 2,880; bf16 state 2,740, 3,040 and 2,710
 // Same as  selective_scan in kernels/cpu with one token; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -34,12 +37,18 @@ struct UpdateInputs {
   const float *A, *D, *dt_bias;
   T* y;
   const int32_t* slots;
-  int64_t d_inner;
-  int64_t n_seq;
-  int d_state;
+  int d_inner, n_seq, d_state;
   bool stochastic;  // h is rounded so
-  int64_t x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
+  bool early;       // h may be read before the kernels before this one are done
+  int x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
 };
+
+/// Where the element of this row and column lies: a product of 32 bits by 32 with a sum of 64 is
+/// one instruction.
+template <typename T>
+__device__ __forceinline__ T* element(T* p, int row, int stride, int column) {
+  return p + column + static_cast<int64_t>(row) * stride;
+}
 
 /// 16 bytes of states as they come from memory: unpacked only when they are used, which halves the
 /// registers of those on the way.
@@ -91,19 +100,23 @@ __device__ __forceinline__ float sum_of_own(const float (&part)[kLanes], int own
   }
 }
 
-template <typename T, typename S>
+template <typename T, typename S, bool kStochastic>
 __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> p, S* ssm_state) {
   constexpr unsigned kAll = 0xffffffffU;
   constexpr int kHeld = Packed<S>::kSize;  // states of a thread
   constexpr int kLanes = kStates / kHeld;  // that share a channel
   constexpr int kSeqs = kLanes;            // of a block
-  const int at = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) / kLanes;
+  const auto at = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / kLanes);
   const bool live = at < p.d_inner;  // dead threads stay for the shuffles, with channel 0
   const int e = live ? at : 0;
-  const int own = static_cast<int>(threadIdx.x) % kLanes;
+  const auto own = static_cast<int>(threadIdx.x % kLanes);
   const int n0 = own * kHeld;
+  const int first = static_cast<int>(blockIdx.y) * kSeqs;
 
-  // Parameters: they don't depend on the kernel before this one.
+  // Which sequences there are, and parameters: no kernel writes them.
+  int32_t slot[kSeqs];  // -1: no such sequence
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) slot[s] = first + s < p.n_seq ? p.slots[first + s] : -1;
   float A[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; i += 4) {
@@ -115,39 +128,35 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
   }
   const float bias = p.dt_bias[e];
   const float D = p.D[e];
-  after_previous();
+  if (!p.early) after_previous();
 
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kSeqs;
+  S* const states = ssm_state + e * kStates + n0;
+  const int pitch = p.d_inner * kStates;
   Packed<S> h[kSeqs];
-  S* at_state[kSeqs];  // null: no such sequence
 #pragma unroll
   for (int s = 0; s < kSeqs; ++s) {
-    const int32_t slot = first + s < p.n_seq ? p.slots[first + s] : -1;
-    at_state[s] = slot < 0 ? nullptr : ssm_state + (slot * p.d_inner + e) * kStates + n0;
-  }
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    if (at_state[s] == nullptr) continue;
+    if (slot[s] < 0) continue;
     // Of each state element one read and one write: L2 need not keep them.
-    h[s].raw = __ldcs(reinterpret_cast<const uint4*>(at_state[s]));
+    h[s].raw = __ldcs(reinterpret_cast<const uint4*>(element(states, slot[s], pitch, 0)));
   }
+  if (p.early) after_previous();
   // What a channel needs once for a sequence, one of its lanes computes.
-  const int64_t own_seq = first + own;
+  const int own_seq = first + own;
   T x{}, dt{}, z{};
   if (own_seq < p.n_seq) {
-    x = p.x[own_seq * p.x_stride + e];
-    dt = p.dt[own_seq * p.dt_stride + e];
-    z = p.z[own_seq * p.z_stride + e];
+    x = *element(p.x, own_seq, p.x_stride, e);
+    dt = *element(p.dt, own_seq, p.dt_stride, e);
+    z = *element(p.z, own_seq, p.z_stride, e);
   }
   __shared__ float4 BC[kSeqs][2][kStates / 4];  // B and C, which all channels share
   static_assert(kSeqs * 2 * kStates <= kThreads);
-  if (const int i = static_cast<int>(threadIdx.x); i < kSeqs * 2 * kStates) {
-    const int64_t seq = first + i / (2 * kStates);
-    const int n = i % kStates;
+  if (const unsigned i = threadIdx.x; i < kSeqs * 2 * kStates) {
+    const int seq = first + static_cast<int>(i / (2 * kStates));
+    const auto n = static_cast<int>(i % kStates);
     const bool is_B = i / kStates % 2 == 0;
     if (seq < p.n_seq) {
       reinterpret_cast<float*>(BC)[i] =
-          to_float(is_B ? p.B[seq * p.B_stride + n] : p.C[seq * p.C_stride + n]);
+          to_float(*element(is_B ? p.B : p.C, seq, is_B ? p.B_stride : p.C_stride, n));
     }
   }
   __syncthreads();
@@ -162,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
     const float step = __shfl_sync(kAll, own_step, s, kLanes);
     const float dx = __shfl_sync(kAll, own_dx, s, kLanes);
     part[s] = 0.0F;
-    if (at_state[s] == nullptr) continue;  // the whole block
+    if (slot[s] < 0) continue;  // the whole block
     own_live |= s == own;
     float state[kHeld];
     h[s].unpack(state);
@@ -179,18 +188,18 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
         part[s] = fmaf(C[j], state[i], part[s]);
       }
     }
-    if (p.stochastic) {
+    if constexpr (kStochastic) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         state[i] = stochastic<S>(state[i], static_cast<uint32_t>(e * kStates + n0 + i));
       }
     }
     h[s].pack_from(state);
-    if (live) __stcs(reinterpret_cast<uint4*>(at_state[s]), h[s].raw);
+    if (live) __stcs(reinterpret_cast<uint4*>(element(states, slot[s], pitch, 0)), h[s].raw);
   }
   const float sum = sum_of_own(part, own);
   if (live && own_live) {
-    p.y[own_seq * p.y_stride + e] = from_float<T>(fmaf(D, value, sum) * silu(to_float(z)));
+    *element(p.y, own_seq, p.y_stride, e) = from_float<T>(fmaf(D, value, sum) * silu(to_float(z)));
   }
 }
 
@@ -213,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* B = p.B + seq * p.B_stride;
   const T* C = p.C + seq * p.C_stride;
   const float* A = p.A + e * p.d_state;
-  S* h = ssm_state + (slot * p.d_inner + e) * p.d_state;
+  S* h = ssm_state + (static_cast<int64_t>(slot) * p.d_inner + e) * p.d_state;
   float sum = 0.0F;
   for (int n = lane; n < p.d_state; n += kLanes) {
     const float next = fmaf(exp2_fast(dt * (A[n] * kLog2e)), to_float(h[n]), dx * to_float(B[n]));
@@ -233,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
-                            const Batch& batch, cudaStream_t stream) {
+                            const Batch& batch, bool early, cudaStream_t stream) {
   visit_type(in.x.dtype, "selective_scan x", [&](auto t) {
     using T = decltype(t);
     const UpdateInputs<T> p{in.x.as<T>(),
@@ -246,16 +255,17 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                             in.dt_bias.as<float>(),
                             y.as<T>(),
                             batch.slot.as<int32_t>(),
-                            in.x.dim(1),
-                            batch.n_seq,
+                            static_cast<int>(in.x.dim(1)),
+                            static_cast<int>(batch.n_seq),
                             static_cast<int>(in.A.dim(1)),
                             batch.state_rounding() == Rounding::stochastic,
-                            in.x.row_stride,
-                            in.dt.row_stride,
-                            in.z.row_stride,
-                            y.row_stride,
-                            in.B.row_stride,
-                            in.C.row_stride};
+                            early,
+                            static_cast<int>(in.x.row_stride),
+                            static_cast<int>(in.dt.row_stride),
+                            static_cast<int>(in.z.row_stride),
+                            static_cast<int>(y.row_stride),
+                            static_cast<int>(in.B.row_stride),
+                            static_cast<int>(in.C.row_stride)};
     visit_type(ssm_state.dtype, "selective_scan state", [&](auto s) {
       using S = decltype(s);
       const auto run = [&](auto* kernel, int64_t lanes, int64_t seqs) {
@@ -264,8 +274,9 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
         launch("selective_state_update", kernel, grid, kThreads, 0, stream, p, ssm_state.as<S>());
       };
       constexpr int64_t kLanes = kStates / Packed<S>::kSize;
-      if (p.d_state == kStates) return run(&state_update_kernel<T, S>, kLanes, kLanes);
-      run(&state_update_any_kernel<T, S>, 4, 1);
+      if (p.d_state != kStates) return run(&state_update_any_kernel<T, S>, 4, 1);
+      if (p.stochastic) return run(&state_update_kernel<T, S, true>, kLanes, kLanes);
+      run(&state_update_kernel<T, S, false>, kLanes, kLanes);
     });
   });
 }

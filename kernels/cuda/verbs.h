@@ -29,14 +29,16 @@ void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bi
 /// out += bias, row by row.
 void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream);
 
+/// `early`, also below: where there is one token per sequence, the state may be read before the
+/// kernels before this one are done, since none of them writes it.
 void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
-                 const Tensor& conv_state, const Batch& batch, cudaStream_t stream);
+                 const Tensor& conv_state, const Batch& batch, bool early, cudaStream_t stream);
 /// Any lengths: parallel over channels and, inside a tile, over time.
 void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
                     const Batch& batch, cudaStream_t stream);
 /// One token per sequence: the recurrent step.
 void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
-                            const Batch& batch, cudaStream_t stream);
+                            const Batch& batch, bool early, cudaStream_t stream);
 
 // mamba2_*.cu
 /// Any lengths, by chunks on tensor cores; false, and nothing done, where the types or sizes are
