@@ -196,6 +196,15 @@ class Ops {
   /// bias f32 [n_out] or null. Accumulates in f32.
   virtual void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) = 0;
 
+  /// linear, where nobody reads the columns of `out` from n_soon on before settle(), nor writes
+  /// `in`: a backend may compute them beside the verbs that follow.
+  virtual void linear_soon(const Tensor& out, int64_t n_soon, const Tensor& in, const Tensor& W,
+                           const Tensor& bias) {
+    (void)n_soon;
+    linear(out, in, W, bias);
+  }
+  virtual void settle() {}
+
   /// acc += in * W^T (+ bias).  acc f32 [n, n_out]; the rest as linear.
   virtual void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
                           const Tensor& bias) = 0;

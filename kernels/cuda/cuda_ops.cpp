@@ -45,6 +45,11 @@ namespace {
 constexpr int64_t kGemvRows = 4;
 /// Up to this many rows the products before a recurrence are ours.
 constexpr int64_t kEarlyRows = 128;
+/// A product of whose columns some are needed later is divided from so many rows and bytes of
+/// weights on. H100, 2.8b (52 MB): steps of 64 sequences 2.3% shorter, of 256 0.3%, of 1024 1%;
+/// 130m (4.7 MB): 0.4% longer.
+constexpr int64_t kAsideRows = 16;
+constexpr size_t kAsideBytes = size_t{16} << 20;
 /// From so many bytes of weights on a ring in shared memory pays for any number of rows.
 constexpr size_t kRingBytes = size_t{8} << 20;
 
@@ -59,8 +64,12 @@ class CudaOps final : public Ops {
   explicit CudaOps(int index) : index_(index) {
     KRAIT_CUDA(cudaSetDevice(index_));
     KRAIT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    KRAIT_CUDA(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking));
+    KRAIT_CUDA(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming));
+    KRAIT_CUDA(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming));
     constexpr size_t kWorkspace = size_t{32} << 20;  // what cuBLAS documents for Hopper
     gemm_ = std::make_unique<Gemm>(allocate(kWorkspace, "cuBLASLt workspace"));
+    aside_gemm_ = std::make_unique<Gemm>(allocate(kWorkspace, "cuBLASLt workspace"));
     make_mailbox();
   }
 
@@ -69,6 +78,9 @@ class CudaOps final : public Ops {
     for (auto& [key, step] : steps_) {
       if (step.graph != nullptr) cudaGraphExecDestroy(step.graph);
     }
+    cudaEventDestroy(forked_);
+    cudaEventDestroy(joined_);
+    cudaStreamDestroy(aside_);
     cudaStreamDestroy(stream_);
   }
 
@@ -153,11 +165,35 @@ class CudaOps final : public Ops {
     cuda::rms_norm_parts(x, widths, eps, stream_);
   }
   void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override {
-    product(out, in, W, bias, false);
+    product(out, in, W, bias, false, stream_);
+  }
+  void linear_soon(const Tensor& out, int64_t n_soon, const Tensor& in, const Tensor& W,
+                   const Tensor& bias) override {
+    const int64_t n_later = out.dim(1) - n_soon;
+    if (!in_step_ || settling_ || in.dim(0) < kAsideRows || W.bytes() < kAsideBytes) {
+      return linear(out, in, W, bias);
+    }
+    const auto part = [&](int64_t begin, int64_t n, cudaStream_t stream) {
+      product(out.columns(begin, n), in, W.rows(begin, n), bias ? bias.rows(begin, n) : bias, false,
+              stream);
+    };
+    part(0, n_soon, stream_);
+    // What follows are short kernels that leave the memory alone for the most part: the rest of the
+    // weights is read beside them.
+    KRAIT_CUDA(cudaEventRecord(forked_, stream_));
+    KRAIT_CUDA(cudaStreamWaitEvent(aside_, forked_, 0));
+    settling_ = true;
+    part(n_soon, n_later, aside_);
+  }
+  void settle() override {
+    if (!settling_) return;
+    KRAIT_CUDA(cudaEventRecord(joined_, aside_));
+    KRAIT_CUDA(cudaStreamWaitEvent(stream_, joined_, 0));
+    settling_ = false;
   }
   void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
                   const Tensor& bias) override {
-    product(acc, in, W, bias, true);
+    product(acc, in, W, bias, true, stream_);
   }
   void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
                    const Tensor& conv_state, const Batch& batch) override {
@@ -254,13 +290,13 @@ class CudaOps final : public Ops {
   /// captured.
   void replay(uint64_t key, const std::function<void()>& step) override {
     Step& s = steps_[key];
-    if (s.runs++ == 0) return step();
+    if (s.runs++ == 0) return run_step(step);
     if (s.graph == nullptr) {
       cudaGraph_t graph = nullptr;
       KRAIT_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
       read_early_.emplace();
       try {
-        step();
+        run_step(step);
         read_early_.reset();
       } catch (...) {
         read_early_.reset();
@@ -315,16 +351,30 @@ class CudaOps final : public Ops {
     return read_early_ && batch.n_seq <= kEarlyRows && read_early_->insert(state.data).second;
   }
 
+  /// Calls `step`, of which products may run aside, in the same way when it is captured and before.
+  void run_step(const std::function<void()>& step) {
+    in_step_ = true;
+    try {
+      step();
+      settle();
+    } catch (...) {
+      in_step_ = settling_ = false;
+      throw;
+    }
+    in_step_ = false;
+  }
+
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
-               bool accumulate) {
+               bool accumulate, cudaStream_t stream) {
     // A few rows of a small matrix are sooner read than a ring is set up.
     const bool brief = in.dim(0) <= kGemvRows && W.bytes() < kRingBytes;
-    if (!brief && skinny_gemm(out, in, W, bias, accumulate, stream_)) return;
-    if (in.dim(0) > kGemvRows && gemm_->run(out, in, W, accumulate, stream_)) {
-      if (bias) add_bias(out, bias, stream_);
+    if (!brief && skinny_gemm(out, in, W, bias, accumulate, stream)) return;
+    Gemm& gemm = stream == aside_ ? *aside_gemm_ : *gemm_;
+    if (in.dim(0) > kGemvRows && gemm.run(out, in, W, accumulate, stream)) {
+      if (bias) add_bias(out, bias, stream);
       return;
     }
-    gemv(out, in, W, bias, accumulate, stream_);
+    gemv(out, in, W, bias, accumulate, stream);
   }
 
   /// Room for one weight: small ones share slabs, since each cudaMalloc takes 2 MB at least.
@@ -365,12 +415,18 @@ class CudaOps final : public Ops {
 
   int index_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t aside_ = nullptr;  ///< beside it, between linear_soon and settle
+  cudaEvent_t forked_ = nullptr;
+  cudaEvent_t joined_ = nullptr;
+  bool in_step_ = false;
+  bool settling_ = false;  ///< something runs aside
   std::vector<Buffer> slabs_;
   std::byte* slab_next_ = nullptr;
   size_t slab_left_ = 0;
   WeightStream weights_;
   Staging staging_;
   std::unique_ptr<Gemm> gemm_;
+  std::unique_ptr<Gemm> aside_gemm_;  ///< with a workspace of its own
   Buffer ssd_scratch_;
   Mamba1Stepper mamba1_stepper_{
       [this](size_t bytes, std::string_view what) { return allocate(bytes, what); }};

@@ -183,6 +183,41 @@ TEST(LinearGpu, RowsDoNotDependOnTheirNeighbours) {
   }
 }
 
+class LinearSoon : public ::testing::TestWithParam<std::tuple<Backend, int64_t>> {};
+
+// A step of large weights, which a backend may divide and remember: the same product, whole when it
+// is settled.
+TEST_P(LinearSoon, IsLinearOnceItIsSettled) {
+  const auto& [backend, n] = GetParam();
+  constexpr int64_t kIn = 2056;
+  constexpr int64_t kSoon = 2056;
+  constexpr int64_t kOut = 2 * kSoon;
+  Device d(backend);
+  const DType T = d.op.activation_dtype(DType::bf16);
+  Random r(19);
+  const Tensor in = d.tensor(r.uniform(n * kIn, -1, 1), {n, kIn}, T);
+  const Tensor W = d.tensor(r.uniform(kOut * kIn, -1, 1), {kOut, kIn}, DType::bf16);
+  const Tensor next = d.tensor(r.uniform(40 * kSoon, -1, 1), {40, kSoon}, DType::bf16);
+  const Tensor bias = d.tensor(r.uniform(kOut, -1, 1), {kOut});
+  const auto run = [&](const Tensor& out, const Tensor& later, bool soon) {
+    soon ? d.op.linear_soon(out, kSoon, in, W, bias) : d.op.linear(out, in, W, bias);
+    d.op.linear(later.rows(0, n), out.columns(0, kSoon), next, {});
+    if (soon) d.op.settle();
+    d.op.linear(later.rows(n, n), out.columns(kSoon, kSoon), next, {});
+  };
+  const Tensor out = d.filled(kNan, {n, kOut}, T);
+  const Tensor later = d.filled(kNan, {2 * n, 40}, T);
+  const Tensor want = d.filled(kNan, {n, kOut}, T);
+  const Tensor want_later = d.filled(kNan, {2 * n, 40}, T);
+  run(want, want_later, false);
+  const uint64_t key = uint64_t{0x50017} << 32 | static_cast<uint64_t>(n);
+  for (int i = 0; i < 3; ++i) d.op.replay(key, [&] { run(out, later, true); });
+  EXPECT_TRUE(close_to(d.read(out), d.read(want), tolerance(T)));
+  EXPECT_TRUE(close_to(d.read(later), d.read(want_later), 4 * tolerance(T)));
+}
+
+OPS_TEST_BACKENDS(LinearSoon, ::testing::Values(3, 24, 200));
+
 TEST(LinearCpu, WrongShapesAreRefused) {
   for (const Backend b : {Backend::plain, Backend::fast}) {
     Device d(b);
