@@ -5,15 +5,18 @@
 //
 // Shapes   u T [n_tok, d_inner] view, out T [n_tok, d_inner], conv_state T [slot, K-1, d_inner]
 // Launch   prompts: grid (128 channels, stretches of the longest sequence, n_seq), 4 warps, one
-//          stretch each; a thread walks 4 neighbouring channels through 8 to 24 tokens with the
+//          stretch each; a thread walks 4 neighbouring channels through 8 to 64 tokens with the
 //          last K inputs in registers and the next 8 on their way. One token a sequence: grid
 //          (channels, groups of sequences), a thread has 2 channels of 4 sequences. A layout
 //          without accesses of 4 elements: a thread a channel
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
-// Measured H100 80GB HBM3, decode, bf16, 5,120 channels: 4.0 us for 64 sequences, 8.1 for 256
-//          (tools/bench_ops); 4 channels a thread took 4.0 to 4.8 and 10.1 to 14.2
+// Measured H100 80GB HBM3, bf16 (tools/bench_ops). Decode, 5,120 channels: 4.0 us for 64 sequences,
+//          8.1 for 256; 4 channels a thread took 4.0 to 4.8 and 10.1 to 14.2. 2,048 tokens of one
+//          sequence, 5,120 channels, 1 to 6 chunks a thread: 25.5, 21.1, 19.1, 20.9, 16.0, 17.3 us;
+//          1,536 channels: 7.1, 6.2, 5.5, 10.2, 10.7, 7.7
 // Same as  kernels/cpu; tests/ops
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
@@ -149,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kWarps = 4;     // of a block of the prefill form
 constexpr int kRows = 8;      // tokens that a thread of it loads together
 constexpr int kChannels = 4;  // of a thread
+constexpr int kMaxChunks = 8;
 
 /// Prompts: a thread walks 4 neighbouring channels through n_chunk * kRows tokens, with the next
 /// kRows on their way while it works on these. A block's warps do one stretch after the other of
@@ -249,6 +253,23 @@ __global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
   }
 }
 
+/// Chunks of a thread. The time of a multiprocessor is that of its blocks, each of which takes
+/// about as long to begin as for a chunk; and it needs two of them to hide the latency of its
+/// loads.
+int64_t choose_chunks(int64_t columns, const Batch& batch) {
+  const int64_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t length = ceil_div(batch.n_tok, std::max<int64_t>(batch.n_seq, 1));
+  int64_t best = 1;
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t n = 1; n <= kMaxChunks; ++n) {
+    const int64_t blocks = columns * batch.n_seq * ceil_div(length, kWarps * kRows * n);
+    if (n > 1 && blocks < 2 * n_sm) break;
+    const int64_t cost = ceil_div(blocks, n_sm) * (n + 1);
+    if (cost < best_cost) best = n, best_cost = cost;
+  }
+  return best;
+}
+
 }  // namespace
 
 void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
@@ -284,10 +305,7 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
       }
       if (by_four) {
         const int64_t columns = ceil_div(d_inner, 32 * kChannels);
-        const int64_t rows = u.dim(0);
-        // Long stretches where there are warps enough without short ones.
-        const int64_t enough = 8 * device_attribute(cudaDevAttrMultiProcessorCount);
-        const int64_t n_chunk = std::clamp<int64_t>(rows * columns / (kRows * enough), 1, 3);
+        const int64_t n_chunk = choose_chunks(columns, batch);
         const dim3 grid(static_cast<unsigned>(columns),
                         static_cast<unsigned>(ceil_div(batch.max_len, kWarps * kRows * n_chunk)),
                         static_cast<unsigned>(batch.n_seq));
