@@ -234,7 +234,15 @@ class BatchCommand {
   [[nodiscard]] EngineOptions engine_options(const Session& session, const Session& first,
                                              const Survey& survey, bool prefix) const {
     EngineOptions o;
+    // The prompts of a batch are many: the scheduler gathers them for a chunk, and sequences that
+    // are under way wait for it, so a chunk larger than the device needs gains nothing.
+    constexpr int64_t kLargestChunk = 4096;
     o.prefill_chunk = flags_.device.prefill_chunk;
+    if (o.prefill_chunk == 0) {
+      o.prefill_chunk =
+          std::min(kLargestChunk, default_prefill_chunk(session.model->config(), *session.ops,
+                                                        session.model->weight_dtype()));
+    }
     o.state_dtype = flags_.device.ssm_dtype();
     o.state_rounding = flags_.device.ssm_rounding();
     o.penalties = survey.penalties;

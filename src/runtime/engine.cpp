@@ -109,14 +109,14 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
   return specs;
 }
 
-EngineOptions checked(EngineOptions o, const ModelConfig& c, const Ops& op) {
+EngineOptions checked(EngineOptions o, const ModelConfig& c, const Ops& op, DType weights) {
   const auto require = [](bool ok, std::string_view what, int64_t found, int64_t least,
                           int64_t most) {
     if (ok) return;
     throw Error(ErrorKind::usage,
                 fmt::format("{}: expected {} to {}, found {}", what, least, most, found));
   };
-  if (o.prefill_chunk == 0) o.prefill_chunk = default_prefill_chunk(op);
+  if (o.prefill_chunk == 0) o.prefill_chunk = default_prefill_chunk(c, op, weights);
   const auto in = [](int64_t v, int64_t a, int64_t b) { return v >= a && v <= b; };
   require(in(o.n_slot, 1, kMaxSlots), "sequences at once", o.n_slot, 1, kMaxSlots);
   require(in(o.prefill_chunk, 1, 1 << 20), "prefill chunk", o.prefill_chunk, 1, 1 << 20);
@@ -150,14 +150,27 @@ uint64_t next_engine_id() {
 
 }  // namespace
 
-int64_t default_prefill_chunk(const Ops& op) { return op.backend() == "cpu" ? 512 : 4096; }
+int64_t default_prefill_chunk(const ModelConfig& config, const Ops& op, DType weights) {
+  if (op.backend() == "cpu") return 512;
+  constexpr int64_t kLeast = 4096;
+  constexpr int64_t kMost = 16384;
+  constexpr int64_t kActivationBytes = int64_t{512} << 20;
+  const DType T = op.activation_dtype(weights);
+  int64_t token_bytes = config.d_model * static_cast<int64_t>(sizeof(float));  // the residual's
+  for (const TensorSpec& a : family_named(config.family).activations(config, T)) {
+    token_bytes += a.shape.numel() * static_cast<int64_t>(itemsize(a.dtype));
+  }
+  int64_t n = kMost;
+  while (n > kLeast && n * token_bytes > kActivationBytes) n /= 2;
+  return n;
+}
 
 struct Engine::Impl {
   Impl(const Model& m, Ops& ops, const EngineOptions& o)
       : model(m),
         c(m.config()),
         op(ops),
-        options(checked(o, c, ops)),
+        options(checked(o, c, ops, m.weight_dtype())),
         T(ops.activation_dtype(m.weight_dtype())),
         state(ops, c.n_layer, m.layer_state(T, options.state_dtype), options.n_slot, o.poison),
         step_memory(ops, step_tensors(c, T, options, m.activations(T)), "activations", o.poison),
@@ -673,7 +686,7 @@ std::span<const float> Engine::logits(int64_t row) {
 EngineMemory plan_memory(const ModelConfig& config, const Ops& op, DType weights,
                          const EngineOptions& options) {
   const Family& family = family_named(config.family);
-  const EngineOptions o = checked(options, config, op);
+  const EngineOptions o = checked(options, config, op, weights);
   const DType T = op.activation_dtype(weights);
   EngineMemory m;
   m.state = Slab::bytes_of(

@@ -52,8 +52,11 @@ struct EngineMemory {
 [[nodiscard]] EngineMemory plan_memory(const ModelConfig& config, const Ops& op, DType weights,
                                        const EngineOptions& options);
 
-/// The prefill chunk that an engine takes when none is asked for.
-[[nodiscard]] int64_t default_prefill_chunk(const Ops& op);
+/// The prefill chunk that an engine takes when none is asked for, with weights of type `weights`.
+/// On a GPU large chunks fill the device better: as many tokens as half a gigabyte of activations
+/// holds, between 4,096 and 16,384.
+[[nodiscard]] int64_t default_prefill_chunk(const ModelConfig& config, const Ops& op,
+                                            DType weights);
 
 /// Logits of consecutive positions of the sequence (0 is the first token after open), on the host:
 /// rows f32 [n_rows, vocab_size], valid during the call.
