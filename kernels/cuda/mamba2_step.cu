@@ -20,7 +20,7 @@
 // Measured H100, bf16, mamba2-2.7b (tools/bench_ops), against the three verbs: f32 state 5.3
 // and 5.9
 //          us at one sequence, 19.4 and 20.7 at 8; bf16 state 4.6 and 5.5, but 14.7 and 13.2 at 8:
-//          hence kFewSequences
+//          hence most_sequences()
 // Same as  kernels/cpu; tests/ops/ssd_test.cpp
 #include "kernels/cuda/mamba2.cuh"
 #include "kernels/cuda/mamba2_gated_norm.cuh"
@@ -32,7 +32,10 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kConv = 4;
-constexpr int64_t kFewSequences = 3;
+
+/// Up to so many the two launches are faster than the three verbs: each block computes B and C of
+/// its group again, for which states in 16 bits leave less time.
+int64_t most_sequences(DType state) { return state == DType::f32 ? 8 : 3; }
 
 template <typename T>
 struct StepPointers {
@@ -224,8 +227,9 @@ bool ssd_mixer_step(const Tensor& y, const SsdMixer& in, const Tensor& conv_stat
   const int64_t P = ssm_state.dim(2);
   const int64_t N = ssm_state.dim(3);
   if (y.dtype == DType::f32 || batch.max_len != 1 ||
-      batch.state_rounding() == Rounding::stochastic || batch.n_seq > kFewSequences ||
-      in.conv.dim(1) != kConv || !aligned16(in.conv) || !aligned16(ssm_state)) {
+      batch.state_rounding() == Rounding::stochastic ||
+      batch.n_seq > most_sequences(ssm_state.dtype) || in.conv.dim(1) != kConv ||
+      !aligned16(in.conv) || !aligned16(ssm_state)) {
     return false;
   }
   const auto with_type = [&](auto t) {
