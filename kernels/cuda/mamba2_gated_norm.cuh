@@ -33,7 +33,9 @@ template <typename T, int kVecs>
 __device__ __forceinline__ void gated_norm(const GateInputs<T>& p) {
   constexpr int kPer = Vec16<T>::kSize;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * p.width;
-  const int64_t row = blockIdx.x;
+  // From the last row on, which is the likeliest to be still in L2; so the first ones are for
+  // out_proj, which begins with them.
+  const int64_t row = gridDim.x - 1 - blockIdx.x;
   const auto place = [](int q) { return kPer * static_cast<int>(threadIdx.x + q * blockDim.x); };
   // The weights don't depend on the kernel before this one: they are on their way while it ends.
   float4 w[kVecs][kPer / 4];
