@@ -14,6 +14,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/mamba1_step.h"
+#include "kernels/cuda/mamba2_mixer.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/verbs.h"
 #include "kernels/cuda/weight_stream.h"
@@ -210,10 +211,7 @@ class CudaOps final : public Ops {
   void ssd_scan(const Tensor& y, const SsdInputs& in, const Tensor& ssm_state,
                 const Batch& batch) override {
     if (batch.max_len == 1) return cuda::ssd_state_update(y, in, ssm_state, batch, stream_);
-    if (ssd_scratch_.data() == nullptr) {
-      ssd_scratch_ = allocate(ssd_scratch_bytes(), "states of the scan's segments");
-    }
-    if (cuda::ssd_scan_chunks(y, in, ssm_state, batch, ssd_scratch_.data(), stream_)) return;
+    if (cuda::ssd_scan_chunks(y, in, ssm_state, batch, ssd_scratch(), stream_)) return;
     cuda::ssd_scan_steps(y, in, ssm_state, batch, stream_);
   }
   void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
@@ -223,6 +221,10 @@ class CudaOps final : public Ops {
   void ssd_mixer(const Tensor& y, const Tensor& xbc, const SsdMixer& in, const Tensor& conv_state,
                  const Tensor& ssm_state, const Batch& batch) override {
     if (cuda::ssd_mixer_step(y, in, conv_state, ssm_state, batch, stream_)) return;
+    if (batch.max_len > 1 &&
+        cuda::ssd_mixer_chunks(y, xbc, in, conv_state, ssm_state, batch, ssd_scratch(), stream_)) {
+      return;
+    }
     Ops::ssd_mixer(y, xbc, in, conv_state, ssm_state, batch);
   }
   void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,
@@ -395,6 +397,13 @@ class CudaOps final : public Ops {
     slab_next_ += used;
     slab_left_ -= used;
     return p;
+  }
+
+  void* ssd_scratch() {
+    if (ssd_scratch_.data() == nullptr) {
+      ssd_scratch_ = allocate(ssd_scratch_bytes(), "states of the scan's segments");
+    }
+    return ssd_scratch_.data();
   }
 
   void make_mailbox() {

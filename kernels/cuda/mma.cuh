@@ -100,12 +100,4 @@ __device__ __forceinline__ void unpack_pair(uint32_t bits, float& first, float& 
   }
 }
 
-/// Each of the two multiplied by a factor of its own, in f32, and rounded again.
-template <typename T>
-__device__ __forceinline__ uint32_t scaled(uint32_t bits, float first, float second) {
-  Pair<T> pair;
-  memcpy(&pair, &bits, sizeof bits);
-  return pack<T>(to_float(pair.v[0]) * first, to_float(pair.v[1]) * second);
-}
-
 }  // namespace krait::cuda

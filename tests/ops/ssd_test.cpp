@@ -444,6 +444,16 @@ std::vector<MixerCase> mixer_cases() {
       c.scan.dt_min = 0.01F, c.scan.dt_max = 0.05F;
     });
     vary("unaligned", [](MixerCase& c) { c.scan.left = 3; });
+    // Long enough that a GPU cuts them into segments.
+    vary("long", [](MixerCase& c) { c.scan.lengths = {1100}; });
+    vary("long_state64", [](MixerCase& c) { c.scan.lengths = {513}, c.scan.d_state = 64; });
+    vary("long_groups", [](MixerCase& c) {
+      c.scan.n_head = 10, c.scan.n_group = 2, c.scan.lengths = {514}, c.conv_bias = false;
+    });
+    vary("long_batch", [](MixerCase& c) {
+      c.scan.lengths = {2, 770, 1, 512, 300}, c.scan.slots = {4, 0, 1, -1, 2};
+      c.scan.state = DType::bf16;
+    });
   }
   return cases;
 }
