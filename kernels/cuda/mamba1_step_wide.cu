@@ -49,7 +49,7 @@
 // Bytes    the weights, and state read and written, once; from L2, blocks * n_seq * 2 * (d_model +
 //          d_inner) a layer
 // Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 1.4b 923, 1,688, 3,168,
-//          6,145; 2.8b 1,705 and 3,321 (4, 8); with grid barriers, and activations in shared
+//          6,145; 2.8b 480, 904, 1,716, 3,339; with grid barriers, and activations in shared
 //          memory, 2.8b 2,390 at batch 8. What mattered there: no local memory, which doesn't fit
 //          into L1 beside the ring, and fences beside the other warps, not among them (the end of
 //          phase 3 took 6,500 cycles with a fence). Pieces of 1,024 columns were 1% slower, of
