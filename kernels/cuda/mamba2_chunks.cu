@@ -36,7 +36,7 @@
 //          its group's B and C
 // Roofline per SM and chunk of a pair, in cycles: 1,800 of wgmma (2 n_tok H (Q (N + P) + 2 N P)
 //          FLOP), 2,500 of shared memory, 1,700 of instructions a scheduler, 2,300 of HBM
-// Measured H100, bf16, mamba2-2.7b, in a prefill: 31.3 us for 2048 tokens, 55.3 for 4096, so about
+// Measured H100, bf16, mamba2-2.7b, in a prefill: 31.3 us for 2048 tokens, 55.8 for 4096, so about
 //          2.2 a chunk of a block. Unclear what binds: HBM is at 49%, L1 and shared memory at 57%,
 //          issue at 29%. Halves that run further apart, Y being written while the next products
 //          run, were no faster (57.8 and 59.1 in one run)

@@ -16,7 +16,7 @@
 //          convolution (ssd_scan) x is copied to shared memory instead
 // Bytes    2 * n_tok * (E + 2 G N) * sizeof(T), and from L2 B once for each pair of heads
 // Roofline per SM and chunk of a pair, in cycles: 2,300 of HBM, 1,600 of instructions a scheduler
-// Measured H100, bf16, mamba2-2.7b, in a prefill: 5.1 and 28.1 us for 2048 tokens, 6.3 and 50.3 for
+// Measured H100, bf16, mamba2-2.7b, in a prefill: 5.1 and 28.1 us for 2048 tokens, 6.4 and 49.6 for
 //          4096; before, convolution and states by themselves took 21.8 and 18.3 for 2048. Inputs
 //          that come through registers: 31.3; the given state added at the end: 31.3
 // Same as  ssd_mixer and ssd_scan in kernels/cpu; tests/ops/ssd_test.cpp
