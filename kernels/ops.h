@@ -26,6 +26,7 @@
 #include "base/buffer.h"
 #include "base/tensor.h"
 #include "kernels/mamba1_step.h"
+#include "kernels/mamba2_step.h"
 #include "kernels/state_rounding.h"
 
 namespace krait {
@@ -296,6 +297,12 @@ class Ops {
   /// false, having done nothing, where this backend has no such step for the model's sizes and
   /// types or the batch: then the verbs do it.
   virtual bool mamba1_step(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+                           const Batch& batch, std::span<const std::vector<Tensor>> state) {
+    (void)weights, (void)logits, (void)ids, (void)batch, (void)state;
+    return false;
+  }
+  /// The same of a Mamba-2 model.
+  virtual bool mamba2_step(const Mamba2Weights& weights, const Tensor& logits, const Tensor& ids,
                            const Batch& batch, std::span<const std::vector<Tensor>> state) {
     (void)weights, (void)logits, (void)ids, (void)batch, (void)state;
     return false;

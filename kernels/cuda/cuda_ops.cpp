@@ -15,6 +15,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mamba2_mixer.h"
+#include "kernels/cuda/mamba2_persistent.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/verbs.h"
 #include "kernels/cuda/weight_stream.h"
@@ -287,6 +288,10 @@ class CudaOps final : public Ops {
                    const Batch& batch, std::span<const std::vector<Tensor>> state) override {
     return mamba1_stepper_.run(weights, logits, ids, batch, state, stream_);
   }
+  bool mamba2_step(const Mamba2Weights& weights, const Tensor& logits, const Tensor& ids,
+                   const Batch& batch, std::span<const std::vector<Tensor>> state) override {
+    return mamba2_stepper_.run(weights, logits, ids, batch, state, stream_);
+  }
 
   /// The first time a step runs as it is (libraries set themselves up), the second time it is
   /// captured.
@@ -438,6 +443,8 @@ class CudaOps final : public Ops {
   std::unique_ptr<Gemm> aside_gemm_;  ///< with a workspace of its own
   Buffer ssd_scratch_;
   Mamba1Stepper mamba1_stepper_{
+      [this](size_t bytes, std::string_view what) { return allocate(bytes, what); }};
+  Mamba2Stepper mamba2_stepper_{
       [this](size_t bytes, std::string_view what) { return allocate(bytes, what); }};
   Buffer mailbox_host_;
   Buffer mailbox_counters_;

@@ -72,14 +72,14 @@ Plan* find_plan(const std::vector<std::unique_ptr<Plan>>& plans, const std::vect
   return nullptr;
 }
 
-/// What Ops::mamba1_step is given, as far as every form of the kernel takes it.
-template <typename Params>
-void set_inputs(Params& p, const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
+/// What Ops::mamba1_step or mamba2_step is given, as far as every form of the kernel takes it.
+template <typename Params, typename Weights>
+void set_inputs(Params& p, const Weights& weights, const Tensor& logits, const Tensor& ids,
                 const Batch& batch, std::span<const std::vector<Tensor>> state) {
   p.embedding = weights.embedding.data;
   p.head = weights.lm_head.data;
   p.vocab_rows = static_cast<int>(weights.lm_head.dim(0));
-  p.norm_f = weights.norm_f.as<float>();
+  p.norm_f = weights.norm_f.template as<float>();
   p.eps = weights.norm_eps;
   p.mixer_eps = weights.mixer_norm_eps;
   p.ids = ids.as<int32_t>();

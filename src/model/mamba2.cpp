@@ -32,6 +32,14 @@ class Mamba2 final : public Model {
       layer(op, layers_[i], residual, act, batch, state[i]);
   }
 
+  bool step(Ops& op, const Tensor& logits, const Tensor& ids, const Batch& batch,
+            const std::vector<LayerState>& state) const override {
+    return op.mamba2_step(
+        {layers_, embedding_, norm_f_, lm_head_, config_.n_group, config_.norm_eps,
+         config_.mixer_norm_eps, config_.dt_min, config_.dt_max},
+        logits, ids, batch, state);
+  }
+
  private:
   /// residual += out_proj(mixer(norm(residual)))
   void layer(Ops& op, const Mamba2Layer& w, const Tensor& residual, const Activations& act,

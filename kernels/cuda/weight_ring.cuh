@@ -1,0 +1,128 @@
+// The stream of weights of a kernel that stays on every multiprocessor for a whole decode step
+// (mamba2_persistent.cu): one warp copies all that the block will need, in the order in which it is
+// needed, into a ring in shared memory; all other warps walk through the same sequence.
+#pragma once
+
+#include "kernels/cuda/persistent.cuh"
+
+namespace krait::cuda {
+
+constexpr int kRingPieces = 32;  // on their way or in use at once
+
+/// A piece of a matrix: up to 8 rows of up to `columns` of its columns; 16 bytes more than they
+/// take put the rows into different banks.
+constexpr int kPieceRows = 8;
+__host__ __device__ constexpr int piece_pitch(int columns) { return 2 * columns + 16; }
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+/// Pieces of any size one after the other in a circle of shared memory; a piece that would cross
+/// the end starts at the beginning. The producer and every consumer warp walk through the same
+/// sequence.
+struct WeightRing {
+  char* base;
+  uint32_t full, empty;  // shared addresses of [kRingPieces] barriers each
+  int capacity;
+  int at = 0;
+  int piece = 0;  // of kRingPieces
+  uint32_t parity = 0;
+
+  /// Where a piece of so many bytes lies.
+  __device__ int place(int bytes) const { return at + bytes <= capacity ? at : 0; }
+  __device__ void advance(int place, int bytes) {
+    at = place + bytes;
+    if (++piece == kRingPieces) {
+      piece = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ const char* wait(int bytes) const {
+    mbarrier_wait(full + 8 * piece, parity);
+    return base + place(bytes);
+  }
+  /// Every warp must release every piece.
+  __device__ void release(int bytes) {
+    __syncwarp();
+    if (warp_arrives()) mbarrier_arrive(empty + 8 * piece);
+    advance(place(bytes), bytes);
+  }
+};
+
+/// Fills the ring, in the order in which the consumers walk through it. A warp.
+struct RingProducer {
+  WeightRing ring;
+  uint64_t policy;
+  int* held;  // [kRingPieces]
+  int most_flying;
+  int used = 0;  // bytes of the ring
+  int oldest = 0;
+  int n_held = 0;
+  uint32_t oldest_parity = 0;
+  int flying = 0;  // bytes on their way
+  int n_flying = 0;
+  int next_to_land = 0;
+  uint32_t next_parity = 0;
+
+  /// Makes room for a piece and announces the bytes that will come; its address.
+  __device__ uint32_t begin(int bytes, int expected) {
+    const int to = ring.place(bytes);
+    const int need = bytes + (to == ring.at ? 0 : ring.capacity - ring.at);
+    while (used + need > ring.capacity || n_held == kRingPieces) {
+      mbarrier_wait(ring.empty + 8 * oldest, oldest_parity);
+      used -= held[oldest];
+      --n_held;
+      if (++oldest == kRingPieces) {
+        oldest = 0;
+        oldest_parity ^= 1;
+      }
+    }
+    while (n_flying == kRingPieces || (n_flying > 0 && flying + need > most_flying)) {
+      mbarrier_wait(ring.full + 8 * next_to_land, next_parity);
+      flying -= held[next_to_land];
+      --n_flying;
+      if (++next_to_land == kRingPieces) {
+        next_to_land = 0;
+        next_parity ^= 1;
+      }
+    }
+    flying += need;
+    ++n_flying;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      held[ring.piece] = need;
+      mbarrier_expect(ring.full + 8 * ring.piece, expected);
+    }
+    __syncwarp();
+    used += need;
+    ++n_held;
+    return shared_address(ring.base + to);
+  }
+  __device__ void copy(uint32_t to, const void* from, int bytes) const {
+    bulk_copy(to, from, bytes, ring.full + 8 * ring.piece, policy);
+  }
+  __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
+
+  /// n rows of a matrix with n_columns from row `first` on: 8 rows after the other, of each so many
+  /// columns after the other.
+  __device__ void rows(const void* matrix, int64_t first, int n, int n_columns, int piece_columns) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const char* from = static_cast<const char*>(matrix) + 2 * first * n_columns;
+    for (int r = 0; r < n; r += kPieceRows) {
+      const int here = min(kPieceRows, n - r);
+      for (int c = 0; c < n_columns; c += piece_columns) {
+        const int row_bytes = 2 * min(piece_columns, n_columns - c);
+        const int bytes = here * (row_bytes + 16);
+        const uint32_t to = begin(bytes, here * row_bytes);
+        if (lane < here) {
+          copy(to + lane * (row_bytes + 16),
+               from + 2 * (static_cast<int64_t>(r + lane) * n_columns + c), row_bytes);
+        }
+        end(bytes);
+      }
+    }
+  }
+};
+
+#endif
+
+}  // namespace krait::cuda

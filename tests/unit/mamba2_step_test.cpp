@@ -1,0 +1,320 @@
+// Ops::mamba2_step, the whole decode step in one launch, against the verbs it replaces: both are
+// held to the CPU's float32 forward pass of the same 16-bit weights, and the step may not be
+// further from it than the verbs are.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "runtime/state_pool.h"
+#include "support/test_models.h"
+#include "support/test_support.h"
+
+namespace krait::test {
+namespace {
+
+constexpr int64_t kWide = 1536;  // narrower models step several sequences by the verbs
+
+struct StepCase {
+  const char* name;
+  int64_t d_model = 64;
+  int64_t d_inner = 128;
+  int64_t head_dim = 64;
+  int64_t n_group = 1;
+  int64_t n_layer = 3;
+  int64_t vocab_rows = 304;
+  DType weights = DType::bf16;
+  DType state = DType::f32;
+  std::vector<int32_t> slots{0};  ///< -1: a padding row
+  bool biases = false;
+  float dt_max = std::numeric_limits<float>::infinity();
+};
+
+void PrintTo(const StepCase& c, std::ostream* out) { *out << c.name; }
+
+ModelConfig config_of(const StepCase& c) {
+  ModelConfig m = tiny_config();
+  m.family = "mamba2";
+  m.d_model = c.d_model;
+  m.d_inner = c.d_inner;
+  m.d_state = 128;
+  m.head_dim = c.head_dim;
+  m.n_head = c.d_inner / c.head_dim;
+  m.n_group = c.n_group;
+  m.n_layer = c.n_layer;
+  m.vocab_rows = c.vocab_rows;
+  m.vocab_size = c.vocab_rows - 4;
+  m.mixer_norm_eps = 1e-5F;
+  m.dt_max = c.dt_max;
+  m.tie_embeddings = c.n_group == 1;
+  return m;
+}
+
+/// Random weights, those of the norms too, and the biases that published models leave out.
+std::unique_ptr<MemoryCheckpoint> checkpoint_of(const StepCase& c) {
+  const ModelConfig m = config_of(c);
+  const auto random = make_random_checkpoint(m, c.weights, 3, RandomMemory::distinct);
+  auto made = std::make_unique<MemoryCheckpoint>(*random);
+  uint64_t seed = 0;
+  const auto fill = [&](const std::string& name, int64_t n, float from, float to) {
+    std::vector<float> values;
+    for (const int32_t v : random_ids(static_cast<size_t>(n), 1000, ++seed)) {
+      values.push_back(from + (to - from) * static_cast<float>(v) / 1000.0F);
+    }
+    made->put(name, {n}, values);
+  };
+  fill("backbone.norm_f.weight", m.d_model, 0.5F, 1.5F);
+  for (int64_t i = 0; i < m.n_layer; ++i) {
+    const std::string layer = fmt::format("backbone.layers.{}.", i);
+    fill(layer + "norm.weight", m.d_model, 0.5F, 1.5F);
+    fill(layer + "mixer.norm.weight", m.d_inner, 0.5F, 1.5F);
+    fill(layer + "mixer.D", m.n_head, -1.0F, 1.0F);
+    if (!c.biases) continue;
+    const int64_t width = m.d_inner + 2 * m.n_group * m.d_state;
+    fill(layer + "mixer.in_proj.bias", m.d_inner + width + m.n_head, -0.5F, 0.5F);
+    fill(layer + "mixer.conv1d.bias", width, -0.5F, 0.5F);
+    fill(layer + "mixer.out_proj.bias", m.d_model, -0.5F, 0.5F);
+  }
+  return made;
+}
+
+constexpr int kSlots = 9;
+constexpr int kSteps = 6;
+
+/// A model on one device with its states and a step's memory.
+class Rig {
+ public:
+  Rig(Ops& op, const StepCase& c, const Model& model)
+      : op_(op),
+        model_(model),
+        n_(static_cast<int64_t>(c.slots.size())),
+        T_(op.activation_dtype(c.weights)),
+        pool_(op, c.n_layer, model.layer_state(T_, c.state), kSlots, /*poison=*/false) {
+    for (int s = 0; s < kSlots; ++s) pool_.clear(s);
+    const ModelConfig& m = model.config();
+    residual_ = tensor(DType::f32, {n_, m.d_model});
+    normed_ = tensor(T_, {n_, m.d_model});
+    ids_ = tensor(DType::i32, {n_});
+    logits_ = tensor(DType::f32, {n_, m.vocab_rows});
+    for (const TensorSpec& s : model.activations(T_))
+      act_.push_back(tensor(s.dtype, {n_, s.shape[0]}));
+    std::vector<int32_t> start;
+    for (int32_t i = 0; i <= n_; ++i) start.push_back(i);
+    batch_ = {n_, n_, 1, tensor(DType::i32, {n_ + 1}), tensor(DType::i32, {n_})};
+    op.upload(batch_.seq_start.data, start.data(), batch_.seq_start.bytes());
+    op.upload(batch_.slot.data, c.slots.data(), batch_.slot.bytes());
+  }
+
+  /// Logits of the rows that have a slot, after feeding one token to each sequence.
+  std::vector<float> feed(const std::vector<int32_t>& ids, bool whole_step,
+                          const std::vector<int32_t>& slots) {
+    op_.upload(ids_.data, ids.data(), ids_.bytes());
+    if (whole_step) {
+      EXPECT_TRUE(model_.step(op_, logits_, ids_, batch_, pool_.layers()));
+    } else {
+      model_.forward(op_, residual_, ids_, batch_, act_, pool_.layers());
+      model_.head(op_, logits_, normed_, residual_);
+    }
+    std::vector<float> all(static_cast<size_t>(logits_.numel()));
+    op_.download(all.data(), logits_.data, logits_.bytes());
+    std::vector<float> rows;
+    const int64_t width = logits_.dim(1);
+    for (size_t i = 0; i < slots.size(); ++i) {
+      if (slots[i] < 0) continue;
+      const auto from = all.begin() + static_cast<ptrdiff_t>(i) * width;
+      rows.insert(rows.end(), from, from + width);
+    }
+    return rows;
+  }
+
+  /// Fills what the convolution of layer 0 remembers of a slot; weights in bf16.
+  void set_window(int slot, float value) {
+    const Tensor& t = pool_.layers().front()[0];
+    const size_t bytes = t.bytes() / kSlots;
+    const std::vector<bf16_t> values(bytes / sizeof(bf16_t), bf16_t(value));
+    op_.upload(static_cast<std::byte*>(t.data) + static_cast<size_t>(slot) * bytes, values.data(),
+               bytes);
+  }
+
+  [[nodiscard]] bool steps_at_once() {
+    return model_.step(op_, logits_, ids_, batch_, pool_.layers());
+  }
+
+ private:
+  Tensor tensor(DType t, const Shape& shape) {
+    const Tensor view(nullptr, t, shape);
+    memory_.push_back(op_.allocate(view.bytes(), "test"));
+    return {memory_.back().data(), t, shape};
+  }
+
+  Ops& op_;
+  const Model& model_;
+  int64_t n_;
+  DType T_;
+  StatePool pool_;
+  std::vector<Buffer> memory_;
+  Tensor residual_, normed_, ids_, logits_;
+  Activations act_;
+  Batch batch_;
+};
+
+/// Logits of kSteps tokens, the same for every device.
+std::vector<float> run(const LoadedModel& m, const StepCase& c, bool whole_step) {
+  Rig rig(*m.op, c, *m.model);
+  std::vector<float> all;
+  for (int t = 0; t < kSteps; ++t) {
+    const auto ids =
+        random_ids(c.slots.size(), m.model->config().vocab_size, static_cast<uint64_t>(t) + 1);
+    const auto rows = rig.feed(ids, whole_step, c.slots);
+    all.insert(all.end(), rows.begin(), rows.end());
+  }
+  return all;
+}
+
+LoadedModel load_case(const Backend& backend, const StepCase& c) {
+  return load(backend, config_of(c), checkpoint_of(c), c.weights);
+}
+
+class Mamba2StepGpuTest : public ::testing::TestWithParam<StepCase> {};
+
+TEST_P(Mamba2StepGpuTest, IsAsExactAsTheVerbs) {
+  const StepCase& c = GetParam();
+  StepCase exact = c;
+  exact.state = DType::f32;
+  const auto want = run(load_case(kBackends[1], exact), exact, false);
+  const LoadedModel gpu = load_case(kBackends[2], c);
+  const Comparison verbs = compare(run(gpu, c, false), want);
+  const Comparison step = compare(run(gpu, c, true), want);
+  EXPECT_LT(verbs.nmse, 1e-3) << verbs.text;
+  EXPECT_LE(step.nmse, 1.5 * verbs.nmse) << step.text << "; the verbs: " << verbs.text;
+}
+
+TEST_P(Mamba2StepGpuTest, GivesTheSameBitsAgain) {
+  const StepCase& c = GetParam();
+  const LoadedModel gpu = load_case(kBackends[2], c);
+  const auto first = run(gpu, c, true);
+  EXPECT_EQ(run(gpu, c, true), first);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, Mamba2StepGpuTest,
+    ::testing::Values(
+        StepCase{.name = "one"}, StepCase{.name = "another_slot", .slots = {5}},
+        StepCase{.name = "two", .d_model = kWide, .slots = {3, 0}},
+        StepCase{.name = "three", .d_model = kWide, .slots = {8, 1, 4}},
+        StepCase{.name = "two_and_padding", .d_model = kWide, .slots = {6, -1, 7, -1}},
+        StepCase{.name = "four", .d_model = kWide, .slots = {7, 6, 5, 4}},
+        StepCase{.name = "biases", .slots = {1}, .biases = true},
+        StepCase{.name = "limited_dt", .d_model = kWide, .slots = {1, 3}, .dt_max = 0.01F},
+        StepCase{.name = "f16", .d_model = kWide, .weights = DType::f16, .slots = {1, 2}},
+        StepCase{.name = "f16_groups",
+                 .d_inner = 1024,
+                 .n_group = 4,
+                 .weights = DType::f16,
+                 .slots = {1},
+                 .biases = true},
+        StepCase{.name = "bf16_state", .state = DType::bf16, .slots = {4}},
+        StepCase{.name = "f16_state", .d_model = kWide, .state = DType::f16, .slots = {4, 5, 6}},
+        StepCase{.name = "groups", .d_inner = 1024, .n_group = 8},
+        StepCase{.name = "groups_by_4",
+                 .d_model = kWide,
+                 .d_inner = 1024,
+                 .n_group = 8,
+                 .slots = {0, 2, 1, 4}},
+        StepCase{.name = "odd_columns",
+                 .d_model = kWide + 32,
+                 .d_inner = 1056,
+                 .head_dim = 32,
+                 .n_group = 3,
+                 .slots = {2, 5}},
+        StepCase{.name = "odd_heads", .d_model = 160, .d_inner = 480, .head_dim = 20},
+        StepCase{.name = "shape_of_130m",
+                 .d_model = 768,
+                 .d_inner = 1536,
+                 .n_layer = 4,
+                 .vocab_rows = 50288},
+        StepCase{.name = "shape_of_1_3b_by_4",
+                 .d_model = 2048,
+                 .d_inner = 4096,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .slots = {0, 3, 1, 2}},
+        StepCase{.name = "shape_of_2_7b",
+                 .d_model = 2560,
+                 .d_inner = 5120,
+                 .n_layer = 2,
+                 .vocab_rows = 20000},
+        StepCase{.name = "shape_of_2_7b_by_2",
+                 .d_model = 2560,
+                 .d_inner = 5120,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .state = DType::bf16,
+                 .slots = {4, 1}},
+        StepCase{.name = "wide_groups",
+                 .d_model = 2048,
+                 .d_inner = 4096,
+                 .n_group = 8,
+                 .n_layer = 2,
+                 .vocab_rows = 1000}),
+    [](const auto& test) { return std::string(test.param.name); });
+
+// What isn't a number must come out as none, in its own sequence and nowhere else.
+TEST(Mamba2StepGpu, WhatIsNoNumberStaysNoNumber) {
+  const StepCase c{.name = "two", .d_model = kWide, .slots = {3, 0}};
+  const LoadedModel gpu = load_case(kBackends[2], c);
+  const auto ids = random_ids(2, gpu.model->config().vocab_size, 1);
+  const auto clean = Rig(*gpu.op, c, *gpu.model).feed(ids, true, c.slots);
+  const auto half = static_cast<ptrdiff_t>(clean.size() / 2);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
+    Rig rig(*gpu.op, c, *gpu.model);
+    rig.set_window(3, bad);
+    const auto first = rig.feed(ids, true, c.slots);
+    EXPECT_TRUE(std::none_of(first.begin(), first.begin() + half, [](float v) {
+      return std::isfinite(v);
+    })) << bad;
+    EXPECT_TRUE(std::equal(first.begin() + half, first.end(), clean.begin() + half)) << bad;
+    // The state is no number any more.
+    const auto second = rig.feed(ids, true, c.slots);
+    EXPECT_FALSE(std::isfinite(second.front())) << bad;
+    EXPECT_TRUE(std::isfinite(second.back())) << bad;
+  }
+}
+
+TEST(Mamba2StepGpu, GivesTheSameBitsAfterTwoThousandSteps) {
+  const StepCase c{.name = "three",
+                   .d_model = kWide + 32,
+                   .d_inner = 1056,
+                   .head_dim = 32,
+                   .n_group = 3,
+                   .slots = {2, 7, 4}};
+  const LoadedModel gpu = load_case(kBackends[2], c);
+  const auto last = [&] {
+    Rig rig(*gpu.op, c, *gpu.model);
+    std::vector<float> logits;
+    for (uint64_t t = 0; t < 2000; ++t) {
+      logits = rig.feed(random_ids(3, gpu.model->config().vocab_size, t), true, c.slots);
+    }
+    return logits;
+  };
+  const auto first = last();
+  EXPECT_TRUE(std::all_of(first.begin(), first.end(), [](float v) { return std::isfinite(v); }));
+  EXPECT_EQ(last(), first);
+}
+
+TEST(Mamba2StepGpu, LeavesToTheVerbsWhatItIsNotBuiltFor) {
+  const StepCase many{.name = "five", .slots = {0, 1, 2, 3, 4}};
+  const LoadedModel gpu = load_case(kBackends[2], many);
+  EXPECT_FALSE(Rig(*gpu.op, many, *gpu.model).steps_at_once());
+  const StepCase narrow{.name = "two", .slots = {0, 1}};
+  const LoadedModel small = load_case(kBackends[2], narrow);
+  EXPECT_FALSE(Rig(*small.op, narrow, *small.model).steps_at_once());
+  const StepCase f32{.name = "f32", .weights = DType::f32};
+  const LoadedModel exact = load_case(kBackends[2], f32);
+  EXPECT_FALSE(Rig(*exact.op, f32, *exact.model).steps_at_once());
+}
+
+}  // namespace
+}  // namespace krait::test
