@@ -49,11 +49,12 @@
 // Bytes    the weights, and state read and written, once; from L2, blocks * n_seq * 2 * (d_model +
 //          d_inner) a layer
 // Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 1.4b 923, 1,688, 3,168,
-//          6,145; 2.8b 480, 904, 1,716, 3,339; with grid barriers, and activations in shared
-//          memory, 2.8b 2,390 at batch 8. What mattered there: no local memory, which doesn't fit
-//          into L1 beside the ring, and fences beside the other warps, not among them (the end of
-//          phase 3 took 6,500 cycles with a fence). Pieces of 1,024 columns were 1% slower, of
-//          2,560 3%; 34 KB on their way at once 6 to 15%, 84 and more 1 to 5%
+//          6,145; 2.8b 1,705 and 3,321 (4, 8). With pieces of 1,536 columns 1.4b 913, 3,137 and
+//          6,178 (1, 4, 8), 2.8b 480, 904, 1,716, 3,339; of 2,560 columns 2.8b 3% less at batch 8.
+//          With grid barriers, and activations in shared memory, 2.8b 2,390 at batch 8. What
+//          mattered there: no local memory, which doesn't fit into L1 beside the ring, and fences
+//          beside the other warps, not among them (the end of phase 3 took 6,500 cycles with a
+//          fence). 34 KB on their way at once were 6 to 15% slower, 84 and more 1 to 5%
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 
@@ -71,7 +72,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kAllThreads = kThreads + 64;  // with the producer and the warp of empty_places()
 constexpr int kRows = 8;                    // of a piece of a matrix
 constexpr int kSpan = 32 * kWarps;          // columns of a matrix of which each warp has 32
-constexpr int kSpans = 3;                   // of a piece
+constexpr int kSpans = 2;                   // of a piece
 constexpr int kHeld = 10;                   // spans of which a thread has its part in registers
 constexpr int kPieces = 32;                 // of the ring on their way or in use at once
 // Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
