@@ -244,10 +244,10 @@ __device__ __forceinline__ void poll_narrow(unsigned long long (&sum)[2],
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-/// A barrier of all consumers for which only some wait.
+/// A barrier of all consumers for which only some wait, under racecheck all.
 template <int kId>
 __device__ __forceinline__ void consumers_meet(bool waits) {
-  if (waits) {
+  if (waits || kWarpArrivals > 1) {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
   } else {
     asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");

@@ -48,13 +48,13 @@
 // Errors   what is no number, and shares of a sum beyond 2^15, come out as NaN
 // Bytes    the weights, and state read and written, once; from L2, blocks * n_seq * 2 * (d_model +
 //          d_inner) a layer
-// Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 1.4b 923, 1,688, 3,168,
-//          6,145; 2.8b 1,705 and 3,321 (4, 8). With pieces of 1,536 columns 1.4b 913, 3,137 and
-//          6,178 (1, 4, 8), 2.8b 480, 904, 1,716, 3,339; of 2,560 columns 2.8b 3% less at batch 8.
-//          With grid barriers, and activations in shared memory, 2.8b 2,390 at batch 8. What
-//          mattered there: no local memory, which doesn't fit into L1 beside the ring, and fences
-//          beside the other warps, not among them (the end of phase 3 took 6,500 cycles with a
-//          fence). 34 KB on their way at once were 6 to 15% slower, 84 and more 1 to 5%
+// Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1, 2, 4, 8: 1.4b 929, 1,688, 3,168,
+//          6,318; 2.8b 480, 904, 1,716, 3,339. With pieces of 1,536 columns 1.4b 913 and 6,178 (1,
+//          8), with 1,024 2.8b 470 and 3,303; of 2,560 columns 2.8b 3% less at batch 8. With grid
+//          barriers, and activations in shared memory, 2.8b 2,390 at batch 8. What mattered there:
+//          no local memory, which doesn't fit into L1 beside the ring, and fences beside the other
+//          warps, not among them (the end of phase 3 took 6,500 cycles with a fence). 34 KB on
+//          their way at once were 6 to 15% slower, 84 and more 1 to 5%
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 
@@ -72,7 +72,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kAllThreads = kThreads + 64;  // with the producer and the warp of empty_places()
 constexpr int kRows = 8;                    // of a piece of a matrix
 constexpr int kSpan = 32 * kWarps;          // columns of a matrix of which each warp has 32
-constexpr int kSpans = 2;                   // of a piece
 constexpr int kHeld = 10;                   // spans of which a thread has its part in registers
 constexpr int kPieces = 32;                 // of the ring on their way or in use at once
 // Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
@@ -285,7 +284,8 @@ struct Ring {
 
 /// Bytes from row to row in the ring: 16 more than a row put eight rows into different banks.
 __device__ __forceinline__ int row_pitch(int columns) { return 2 * columns + 16; }
-/// Columns of the piece that begins at column `first`.
+/// Columns of the piece that begins at column `first`, of kSpans spans at most.
+template <int kSpans>
 __device__ __forceinline__ int piece_columns(int n_columns, int first) {
   return min(kSpans * kSpan, n_columns - first);
 }
@@ -365,12 +365,13 @@ struct Producer {
   __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
 
   /// n_columns of n rows of a matrix, `pitch` elements from row to row.
+  template <int kSpans>
   __device__ void rows(const char* from, int n, int n_columns, int64_t pitch) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for (int row = 0; row < n; row += kRows) {
       const int here = min(kRows, n - row);
       for (int first = 0; first < n_columns; first += kSpans * kSpan) {
-        const int columns = piece_columns(n_columns, first);
+        const int columns = piece_columns<kSpans>(n_columns, first);
         const int bytes = here * row_pitch(columns);
         const uint32_t to = begin(bytes, here * 2 * columns);
         if (lane < here) {
@@ -383,7 +384,7 @@ struct Producer {
   }
 };
 
-template <typename T, int B>
+template <typename T, int B, int kSpans>
 __device__ void produce(const StepParams& p) {
   Producer out{p};
   const Own& own = own_of(p);
@@ -425,12 +426,12 @@ __device__ void produce(const StepParams& p) {
       }
     }
     if (n > 0) {
-      out.rows(at(w.in_proj, first * D), n, p.d_model, D);
+      out.rows<kSpans>(at(w.in_proj, first * D), n, p.d_model, D);
       const int x_bytes = n * p.proj_pitch * 2;
       uint32_t to = out.begin(x_bytes, x_bytes);
       if (lane == 0) out.copy(to, at(w.x_proj_t, first * p.proj_pitch), x_bytes);
       out.end(x_bytes);
-      out.rows(at(w.in_proj, (E + first) * D), n, p.d_model, D);
+      out.rows<kSpans>(at(w.in_proj, (E + first) * D), n, p.d_model, D);
       const int dt_bytes = n * 2 * R;
       to = out.begin(dt_bytes, dt_bytes);
       if (lane == 0) out.copy(to, at(w.dt_proj, first * R), dt_bytes);
@@ -444,11 +445,11 @@ __device__ void produce(const StepParams& p) {
       out.end(B * n * state_row);
     }
     for (int turn = 0; turn < p.d_inner; turn += kHeld * kSpan) {
-      out.rows(at(w.out_proj, own.rows.begin * E + turn), own.rows.n,
-               min(kHeld * kSpan, p.d_inner - turn), E);
+      out.rows<kSpans>(at(w.out_proj, own.rows.begin * E + turn), own.rows.n,
+                       min(kHeld * kSpan, p.d_inner - turn), E);
     }
   }
-  out.rows(at(p.head, own.words.begin * D), own.words.n, p.d_model, D);
+  out.rows<kSpans>(at(p.head, own.words.begin * D), own.words.n, p.d_model, D);
 }
 
 // ---- the places of what is exchanged ------------------------------------------------------------
@@ -584,7 +585,7 @@ __device__ __forceinline__ float* shares_of(const StepParams& p, int i) {
 
 /// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares;
 /// `more`: is added to what is there.
-template <typename T, int B>
+template <typename T, int B, int kSpans>
 __device__ __forceinline__ void multiply(Ring& ring, int n, int n_columns, const uint4 (&v)[kHeld],
                                          float* shares, bool more = false) {
   n_columns = anew(n_columns);
@@ -603,7 +604,7 @@ __device__ __forceinline__ void multiply(Ring& ring, int n, int n_columns, const
 #pragma unroll
     for (int i = 0; i < kHeld; i += kSpans) {
       if (i * kSpan >= n_columns) break;
-      const int pitch = row_pitch(piece_columns(n_columns, i * kSpan));
+      const int pitch = row_pitch(piece_columns<kSpans>(n_columns, i * kSpan));
       const int bytes = here * pitch;
       const char* a = ring.wait(bytes) + mine * pitch + column;
 #pragma unroll
@@ -968,7 +969,7 @@ __device__ __forceinline__ void update_state(const StepParams& p, Ring& ring, in
   ring.release(B * n * row_bytes);
 }
 
-template <typename T, int B, int kSums, int kTurns>
+template <typename T, int B, int kSums, int kTurns, int kSpans>
 __device__ void consume(const StepParams& p) {
   Ring ring{p};
   const int D = p.d_model;
@@ -1015,7 +1016,7 @@ __device__ void consume(const StepParams& p) {
       gather<B>(p, v, u_of(l), D);
       Squares<B> squares(p, squares_of(l));
       squares.look();
-      multiply<T, B>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l));
+      multiply<T, B, kSpans>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l));
       squares.finish(p);
     }
     sync_after_u();
@@ -1038,7 +1039,7 @@ __device__ void consume(const StepParams& p) {
     }
     consumers_sync();
     add_x_proj<T, B>(p, ring);
-    multiply<T, B>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l + 1));
+    multiply<T, B, kSpans>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l + 1));
 
     // 2
     read_dbc<T, B>(p, seen);
@@ -1052,7 +1053,7 @@ __device__ void consume(const StepParams& p) {
       const int first = turn * kHeld * kSpan;
       const int columns = min(kHeld * kSpan, anew(E) - first);
       gather<B>(p, v, y_of(l) + first * (2 * kSeqs), columns);
-      multiply<T, B>(ring, own_of(p).rows.n, columns, v, shares_of<B>(p, l), turn > 0);
+      multiply<T, B, kSpans>(ring, own_of(p).rows.n, columns, v, shares_of<B>(p, l), turn > 0);
     }
     consumers_sync();
     {
@@ -1086,7 +1087,7 @@ __device__ void consume(const StepParams& p) {
   for (int first = 0; first < words.n; first += head_rows) {
     const int here = min(head_rows, words.n - first);
     float* shares = shares_of<B>(p, end + first / head_rows);
-    multiply<T, B>(ring, here, D, v, shares);
+    multiply<T, B, kSpans>(ring, here, D, v, shares);
     consumers_sync();
     const Thread t;
     const int seq = t.warp % B;
@@ -1100,7 +1101,7 @@ __device__ void consume(const StepParams& p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.launches += 1;
 }
 
-template <typename T, int B, int kSums, int kTurns>
+template <typename T, int B, int kSums, int kTurns, int kSpans>
 __global__ void __launch_bounds__(kAllThreads, 1)
     mamba1_step_wide_kernel(const __grid_constant__ StepParams p) {
   const int tid = static_cast<int>(threadIdx.x);
@@ -1139,17 +1140,17 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   }
   __syncthreads();
   if (tid / 32 == kWarps) {
-    produce<T, B>(p);
+    produce<T, B, kSpans>(p);
   } else if (tid / 32 > kWarps) {
     empty_places<B>(p);
   } else {
-    consume<T, B, kSums, kTurns>(p);
+    consume<T, B, kSums, kTurns, kSpans>(p);
   }
 }
 
 #else
 
-template <typename T, int B, int kSums, int kTurns>
+template <typename T, int B, int kSums, int kTurns, int kSpans>
 __global__ void mamba1_step_wide_kernel(const __grid_constant__ StepParams) {}
 
 #endif
@@ -1204,7 +1205,7 @@ namespace {
 
 /// Places everything in shared memory; the ring takes what is left. False: too little is.
 template <int B>
-bool lay_out(StepParams& p) {
+bool lay_out(StepParams& p, int spans) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
   int next = 2 * 8 * kPieces + 32;
@@ -1235,15 +1236,15 @@ bool lay_out(StepParams& p) {
   at.ring = round_up(next, 128);
   at.ring_bytes = (shared_limit - at.ring) / 128 * 128;
   const int state = kState * (p.state_type == DType::f32 ? 4 : 2);
-  const int piece = std::max({kRows * (2 * kSpans * kSpan + 16), p.most_channels * p.proj_pitch * 2,
+  const int piece = std::max({kRows * (2 * spans * kSpan + 16), p.most_channels * p.proj_pitch * 2,
                               p.most_channels * p.dt_rank * 2, p.most_channels * B * state});
   return at.ring_bytes >= 2 * piece;
 }
 
-template <typename T, int B, int kSums, int kTurns>
+template <typename T, int B, int kSums, int kTurns, int kSpans>
 bool launch_step(StepParams p, int blocks, bool& refused, cudaStream_t stream) {
-  return lay_out<B>(p) &&
-         launch_together(&mamba1_step_wide_kernel<T, B, kSums, kTurns>, blocks, kAllThreads,
+  return lay_out<B>(p, kSpans) &&
+         launch_together(&mamba1_step_wide_kernel<T, B, kSums, kTurns, kSpans>, blocks, kAllThreads,
                          p.at.ring + p.at.ring_bytes, p, refused, stream);
 }
 
@@ -1255,8 +1256,15 @@ bool launch_step(const StepParams& p, int blocks, bool& refused, cudaStream_t st
   constexpr auto kMany = static_cast<int>(ceil_div(288 * B, kThreads));
   const int64_t sums = ceil_div(p.n_proj, kThreads / B);
   const int64_t turns = ceil_div(p.d_inner, kHeld * kSpan);
-  if (sums <= kFew && turns == 1) return launch_step<T, B, kFew, 1>(p, blocks, refused, stream);
-  return sums <= kMany && turns <= 2 && launch_step<T, B, kMany, 2>(p, blocks, refused, stream);
+  if (sums <= kFew && turns == 1) {
+    // Three spans a piece where that makes fewer pieces of a row of d_model, else two, which are
+    // more alike.
+    const int64_t spans = ceil_div(p.d_model, kSpan);
+    return ceil_div(spans, 3) < ceil_div(spans, 2)
+               ? launch_step<T, B, kFew, 1, 3>(p, blocks, refused, stream)
+               : launch_step<T, B, kFew, 1, 2>(p, blocks, refused, stream);
+  }
+  return sums <= kMany && turns <= 2 && launch_step<T, B, kMany, 2, 2>(p, blocks, refused, stream);
 }
 
 template <typename T>
