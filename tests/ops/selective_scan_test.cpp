@@ -455,7 +455,7 @@ class ScanCaptured : public ::testing::TestWithParam<std::tuple<Backend, StateCa
 // must not see the difference, even where a step has a state twice.
 TEST_P(ScanCaptured, StepsEqualThoseThatAreNot) {
   const auto& [backend, state] = GetParam();
-  constexpr int64_t kSeqs = 40;
+  constexpr int32_t kSeqs = 40;
   constexpr int64_t E = 1024;
   constexpr int64_t R = 32;
   constexpr int64_t N = 16;
