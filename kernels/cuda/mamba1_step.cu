@@ -74,9 +74,11 @@
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 
+#include "kernels/cuda/block_sums.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/parity_exchange.cuh"
 #include "kernels/cuda/persistent.cuh"
 #include "kernels/cuda/verbs.h"
 
@@ -111,18 +113,6 @@ constexpr int kCopies = 4;  // of a sum, each of a quarter of the blocks
 /// Of the warps' shares of sums of 64 rows and B sequences, in floats.
 template <int B>
 constexpr int kWarpPitch = 64 * B + 2;
-
-// A share of a sum: 1 in the top byte, the count of shares, and below it the value in units of
-// 2^-25 plus a bias that makes it positive. What lies beyond 2^15 or is no number adds so much that
-// no sum of values reaches it, nor any number of such shares the count.
-constexpr int kMaxBlocks = 180;
-constexpr int kCountBit = 56;
-constexpr unsigned long long kCountOne = 1ULL << kCountBit;
-[[maybe_unused]] constexpr float kFixedOne = 33554432.0F;  // 2^25
-[[maybe_unused]] constexpr float kFixedRange = 32768.0F;   // 2^15
-constexpr unsigned long long kBias = 1ULL << 40;           // kFixedOne * kFixedRange
-constexpr unsigned long long kNoNumber = kMaxBlocks * 2 * kBias + 1;
-static_assert(kMaxBlocks * kNoNumber < kCountOne);
 
 struct StepLayer {
   // transposed: x_proj_t [E, proj_pitch], out_proj_t [E, D] or null
@@ -180,22 +170,6 @@ struct StepParams {
 
 // ---- sums over all blocks -----------------------------------------------------------------------
 
-__device__ __forceinline__ unsigned long long share_of(float v) {
-  const auto fixed = static_cast<unsigned long long>(__float2ll_rn(v * kFixedOne)) + kBias;
-  return kCountOne + (fabsf(v) < kFixedRange ? fixed : kNoNumber);
-}
-__device__ __forceinline__ float total_of(unsigned long long word) {
-  const unsigned long long sum = word & (kCountOne - 1);
-  const auto value = static_cast<long long>(sum - gridDim.x * kBias);
-  return sum >= kNoNumber ? __int_as_float(0x7fc00000)
-                          : static_cast<float>(value) * (1.0F / kFixedOne);
-}
-__device__ __forceinline__ bool complete(unsigned long long word) {
-  return static_cast<unsigned>(word >> kCountBit) == gridDim.x;
-}
-__device__ __forceinline__ void add_share(unsigned long long* to, float v) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(share_of(v)) : "memory");
-}
 /// The sum of the copies of a sum, `stride` words apart.
 __device__ __forceinline__ unsigned long long poll(const unsigned long long* from, int64_t stride) {
   static_assert(kCopies == 4);
@@ -243,15 +217,6 @@ __device__ __forceinline__ void poll_narrow(unsigned long long (&sum)[2],
 /// Barriers of the consumers alone.
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-/// A barrier of all consumers for which only some wait, under racecheck all.
-template <int kId>
-__device__ __forceinline__ void consumers_meet(bool waits) {
-  if (waits || kWarpArrivals > 1) {
-    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-  } else {
-    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-  }
 }
 /// A barrier of the first n warps.
 __device__ __forceinline__ void warps_sync(int n) {
@@ -308,11 +273,6 @@ struct Block {
   unsigned live;    // bit n: there is a sequence n
   unsigned launch;
 };
-
-/// Place of element e among 16: what a lane needs of a column of B lies together.
-__device__ __forceinline__ int permuted(int e) {
-  return (e & ~15) + (e & 7) / 2 * 4 + (e & 8) / 4 + (e & 1);
-}
 
 /// Fills the ring, in the order in which the consumers walk through it. A warp.
 struct Producer {
@@ -579,38 +539,6 @@ __device__ __forceinline__ void add_x_proj(const Block<T, B>& b, Ring& ring,
     ring.release();
     ring.advance();
   }
-}
-
-/// A value that everybody waits for: its last bit says which of two uses of the place it is from.
-__device__ __forceinline__ void publish(float* to, float v, unsigned parity) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to),
-               "r"((__float_as_uint(v) & ~1U) | parity)
-               : "memory");
-}
-
-/// What is wanted of four places. One statement: else the compiler looks at each word before it
-/// asks for the next.
-__device__ __forceinline__ void load4(uint4 (&v)[4], const float* at, int64_t stride,
-                                      const bool (&wanted)[4]) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p0, p1, p2, p3;\n"
-      "setp.ne.u32 p0, %20, 0;\n"
-      "setp.ne.u32 p1, %21, 0;\n"
-      "setp.ne.u32 p2, %22, 0;\n"
-      "setp.ne.u32 p3, %23, 0;\n"
-      "@p0 ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%16];\n"
-      "@p1 ld.relaxed.gpu.global.v4.u32 {%4, %5, %6, %7}, [%17];\n"
-      "@p2 ld.relaxed.gpu.global.v4.u32 {%8, %9, %10, %11}, [%18];\n"
-      "@p3 ld.relaxed.gpu.global.v4.u32 {%12, %13, %14, %15}, [%19];\n"
-      "}\n"
-      : "+r"(v[0].x), "+r"(v[0].y), "+r"(v[0].z), "+r"(v[0].w), "+r"(v[1].x), "+r"(v[1].y),
-        "+r"(v[1].z), "+r"(v[1].w), "+r"(v[2].x), "+r"(v[2].y), "+r"(v[2].z), "+r"(v[2].w),
-        "+r"(v[3].x), "+r"(v[3].y), "+r"(v[3].z), "+r"(v[3].w)
-      : "l"(at), "l"(at + stride), "l"(at + 2 * stride), "l"(at + 3 * stride),
-        "r"(static_cast<unsigned>(wanted[0])), "r"(static_cast<unsigned>(wanted[1])),
-        "r"(static_cast<unsigned>(wanted[2])), "r"(static_cast<unsigned>(wanted[3]))
-      : "memory");
 }
 
 /// use(seq, d, values) for the own columns of a warp, four at a time, of all sequences, as soon as
@@ -1207,7 +1135,7 @@ class Narrow {
       if (lane == 0) b.squares[warp] = sum;
       if (quarter < 2) *x_share = quarter == 0 ? acc[0] : acc[2];
     }
-    consumers_meet<4>(warp < x_warps);
+    meet<4, kThreads>(warp < x_warps);
     if (warp < x_warps) take_x(before, w, l);
 
     // Meanwhile z, and everything for what comes next.
@@ -1239,7 +1167,7 @@ class Narrow {
       if (wanted) b.dbc[tid] = total_of(word - seen_x);
       seen_x = word;
     }
-    consumers_meet<3>(warp >= first_updating);
+    meet<3, kThreads>(warp >= first_updating);
     if (n > 0 && warp >= first_updating) update(state);
     consumers_sync();
 
@@ -1645,11 +1573,6 @@ bool with_batch(int n_seq, F&& f) {
   return f(std::integral_constant<int, 8>{});
 }
 
-bool runs_here() {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
-         device_attribute(cudaDevAttrCooperativeLaunch) != 0;
-}
-
 bool supports(const Mamba1Weights& w, std::span<const std::vector<Tensor>> state,
               const Batch& batch) {
   const Mamba1Layer& l = w.layers.front();
@@ -1685,7 +1608,8 @@ Mamba1Stepper::~Mamba1Stepper() = default;
 bool Mamba1Stepper::run(const Mamba1Weights& weights, const Tensor& logits, const Tensor& ids,
                         const Batch& batch, std::span<const std::vector<Tensor>> state,
                         cudaStream_t stream) {
-  if (refused_ || !runs_here() || weights.layers.empty() || !supports(weights, state, batch)) {
+  if (refused_ || !launches_together() || weights.layers.empty() ||
+      !supports(weights, state, batch)) {
     return false;
   }
   if (batch.state_rounding() == Rounding::stochastic) return false;  // the verbs do that
@@ -1717,7 +1641,7 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
   const bool narrow_model = D <= kNarrowModel && J <= kNarrowProj &&
                             p.most_channels <= kMostNarrow && p.mixer_eps == 0.0F;
   const bool narrow = narrow_model && p.n_seq == 1;
-  if (blocks > kMaxBlocks || !with_batch(p.n_seq, [&](auto b) {
+  if (blocks > kMostSummands || !with_batch(p.n_seq, [&](auto b) {
         return lay_out<decltype(b)::value>(p, blocks, narrow);
       })) {
     return false;

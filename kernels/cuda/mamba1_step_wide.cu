@@ -58,6 +58,7 @@
 // Same as  the verbs, one by one, as Mamba1::forward calls them; tests/unit/mamba1_step_test.cpp
 #include <algorithm>
 
+#include "kernels/cuda/block_sums.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
@@ -93,19 +94,8 @@ constexpr int kWarpPitch = B* kRows + 2;
 template <int B>
 constexpr int kGroupPitch = kWarps* kWarpPitch<B> + kRows;
 
-// A share of a sum: 1 in the top byte, the count of shares, and below it the value in units of
-// 2^-25 plus a bias that makes it positive. What lies beyond 2^15 or is no number adds so much that
-// no sum of values reaches it, nor any number of such shares the count.
-constexpr int kMaxBlocks = 180;
 constexpr int kSquares = 3;  // sums of squares that a lane reads
-static_assert(kSquares * 4 * kWarps >= kMaxBlocks);
-constexpr int kCountBit = 56;
-constexpr unsigned long long kCountOne = 1ULL << kCountBit;
-[[maybe_unused]] constexpr float kFixedOne = 33554432.0F;  // 2^25
-[[maybe_unused]] constexpr float kFixedRange = 32768.0F;   // 2^15
-constexpr unsigned long long kBias = 1ULL << 40;           // kFixedOne * kFixedRange
-constexpr unsigned long long kNoNumber = kMaxBlocks * 2 * kBias + 1;
-static_assert(kMaxBlocks * kNoNumber < kCountOne);
+static_assert(kSquares * 4 * kWarps >= kMostSummands);
 
 /// Neighbouring channels, or rows, are exchanged together.
 struct PairRun : Run {
@@ -175,25 +165,6 @@ struct Own {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// ---- sums over all blocks -----------------------------------------------------------------------
-
-__device__ __forceinline__ unsigned long long share_of(float v) {
-  const auto fixed = static_cast<unsigned long long>(__float2ll_rn(v * kFixedOne)) + kBias;
-  return kCountOne + (fabsf(v) < kFixedRange ? fixed : kNoNumber);
-}
-__device__ __forceinline__ float total_of(unsigned long long word) {
-  const unsigned long long sum = word & (kCountOne - 1);
-  const auto value = static_cast<long long>(sum - gridDim.x * kBias);
-  return sum >= kNoNumber ? __int_as_float(0x7fc00000)
-                          : static_cast<float>(value) * (1.0F / kFixedOne);
-}
-__device__ __forceinline__ bool complete(unsigned long long word) {
-  return static_cast<unsigned>(word >> kCountBit) == gridDim.x;
-}
-__device__ __forceinline__ void add_share(unsigned long long* to, float v) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(share_of(v)) : "memory");
-}
-
 // ---- words that all wait for --------------------------------------------------------------------
 
 __device__ __forceinline__ void publish(uint32_t* to, uint32_t v) {
@@ -217,12 +188,8 @@ __device__ __forceinline__ void consumers_sync() {
 __device__ __forceinline__ void sync_after_u() {
   asm volatile("bar.sync 2, %0;" ::"n"(kThreads + 32) : "memory");
 }
-__device__ __forceinline__ void sync_before_y() {
-  asm volatile("bar.sync 3, %0;" ::"n"(kThreads + 32) : "memory");
-}
-__device__ __forceinline__ void arrive_before_y() {
-  asm volatile("bar.arrive 3, %0;" ::"n"(kThreads + 32) : "memory");
-}
+__device__ __forceinline__ void sync_before_y() { meet<3, kThreads + 32>(true); }
+__device__ __forceinline__ void arrive_before_y() { meet<3, kThreads + 32>(false); }
 
 /// v, worked out anew wherever it is needed. What the compiler would otherwise prepare before the
 /// loop over the layers doesn't fit into registers, and local memory not into the L1 that the ring
@@ -303,11 +270,6 @@ __device__ __forceinline__ const Own& own_of(const StepParams& p) {
 }
 __device__ __forceinline__ bool lives(const Own& own, int seq) {
   return (own.live >> seq & 1) != 0;
-}
-
-/// Place of element e among 16: what a lane needs of a column of B lies together.
-__device__ __forceinline__ int permuted(int e) {
-  return (e & ~15) + (e & 7) / 2 * 4 + (e & 8) / 4 + (e & 1);
 }
 
 /// Fills the ring, in the order in which the consumers walk through it. A warp.
@@ -1303,7 +1265,7 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
   p.proj_pitch = static_cast<int>(J / 8 % 2 == 0 ? J + 8 : J);  // an odd number of 16 bytes
   p.most_channels = static_cast<int>(2 * ceil_div(E / 2, blocks));
   p.most_rows = static_cast<int>(2 * ceil_div(D / 2, blocks));
-  if (blocks > kMaxBlocks || p.most_channels > kMaxChannels || p.most_rows > kMaxRows ||
+  if (blocks > kMostSummands || p.most_channels > kMaxChannels || p.most_rows > kMaxRows ||
       D > kHeld * kSpan) {
     return false;
   }

@@ -170,13 +170,6 @@ __device__ __forceinline__ void consumers_sync() {
 /// Barriers at which only the first warps wait: those that sum up what all have written. Between
 /// two uses of one of them all consumers meet.
 enum Gate { kSideGate = 2, kRowGate, kSquaresGate, kRowSquaresGate };
-__device__ __forceinline__ void meet(Gate gate, bool waits) {
-  if (waits) {
-    asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(gate)), "n"(kThreads) : "memory");
-  } else {
-    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(gate)), "n"(kThreads) : "memory");
-  }
-}
 
 /// What every thread of a block knows.
 template <typename T, int B>
@@ -736,7 +729,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
     for (int part = kSides; part <= kZ; ++part) {
       multiply(b, ring, part == kSides ? own.sides : own.channels, p.d_model, b.s.shares[part]);
       if (part == kSides && own.sides > 0) {
-        meet(kSideGate, warp < own.side_warps);
+        meet<kSideGate, kThreads>(warp < own.side_warps);
         const Summand<B> side(own.sides);
         if (side.mine && b.lives(side.seq)) {
           const float v =
@@ -772,7 +765,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       }
       ring.release(bytes);
     }
-    meet(kSquaresGate, warp == 0);
+    meet<kSquaresGate, kThreads>(warp == 0);
     if (warp == 0 && lane < 2 * B && b.lives(lane / 2) && (lane % 2 == 0 || p.n_group > 1)) {
       float sum = 0.0F;
 #pragma unroll
@@ -794,7 +787,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
     });
     if (!scaled_v) read_scales(b, b.s.v_scale, squares, p.d_inner, 1, p.mixer_eps, parity);
     multiply(b, ring, own.rows, p.d_inner, b.s.shares[kOut]);
-    meet(kRowGate, warp < own.row_warps);
+    meet<kRowGate, kThreads>(warp < own.row_warps);
     if (warp < own.row_warps) {
       const Summand<B> row(own.rows);
       float norm = 0.0F;
@@ -1024,11 +1017,6 @@ bool with_batch(int n_seq, F&& f) {
   return f(std::integral_constant<int, 4>{});
 }
 
-bool runs_here() {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
-         device_attribute(cudaDevAttrCooperativeLaunch) != 0;
-}
-
 bool supports(const Mamba2Weights& w, std::span<const std::vector<Tensor>> state,
               const Batch& batch) {
   const Mamba2Layer& l = w.layers.front();
@@ -1055,7 +1043,8 @@ Mamba2Stepper::~Mamba2Stepper() = default;
 bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, const Tensor& ids,
                         const Batch& batch, std::span<const std::vector<Tensor>> state,
                         cudaStream_t stream) {
-  if (refused_ || !runs_here() || weights.layers.empty() || !supports(weights, state, batch)) {
+  if (refused_ || !launches_together() || weights.layers.empty() ||
+      !supports(weights, state, batch)) {
     return false;
   }
   const Mamba2Layer& l = weights.layers.front();

@@ -16,6 +16,17 @@ constexpr int kWarpArrivals = 1;
 #endif
 __device__ __forceinline__ bool warp_arrives() { return threadIdx.x % 32 < kWarpArrivals; }
 
+/// A barrier of kThreads threads at which some only arrive; under racecheck, which loses count of
+/// those, all wait. Whole warps.
+template <int kId, int kThreads>
+__device__ __forceinline__ void meet(bool waits) {
+  if (waits || kWarpArrivals > 1) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+  } else {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+  }
+}
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {

@@ -12,6 +12,11 @@
 
 namespace krait::cuda {
 
+/// Place of element e among 16: what a lane needs of a column of B lies together.
+__device__ __forceinline__ int permuted(int e) {
+  return (e & ~15) + (e & 7) / 2 * 4 + (e & 8) / 4 + (e & 1);
+}
+
 /// Four 8 x 8 matrices: lane i gives the address of row i % 8 of matrix i / 8; register m holds
 /// elements (g, 2q..) of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared) {

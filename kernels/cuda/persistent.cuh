@@ -60,6 +60,12 @@ __global__ void transpose_kernel(T* to, const T* from, int64_t n_rows, int64_t n
   return static_cast<int>(ceil_div(n, to) * to);
 }
 
+/// Whether the device has bulk copies and launches of all blocks at once.
+[[nodiscard]] inline bool launches_together() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+         device_attribute(cudaDevAttrCooperativeLaunch) != 0;
+}
+
 /// The plan that was made for `layers`, compared byte by byte, or null.
 template <typename Plan, typename Layer>
 Plan* find_plan(const std::vector<std::unique_ptr<Plan>>& plans, const std::vector<Layer>& layers) {
