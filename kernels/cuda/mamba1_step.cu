@@ -79,15 +79,14 @@
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/parity_exchange.cuh"
-#include "kernels/cuda/persistent.cuh"
 #include "kernels/cuda/verbs.h"
+#include "kernels/cuda/weight_ring.cuh"
 
 namespace krait::cuda {
 namespace {
 
 constexpr int kWarps = 16;  // consumers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kPieces = 32;           // of the ring on their way or in use at once
 constexpr int kMostPiece = 42 << 10;  // bytes, of a matrix
 // Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
 // others, and the slowest is whom all wait for.
@@ -229,15 +228,17 @@ __device__ __forceinline__ void warps_sync(int n) {
 /// consumer warp walk through the same sequence.
 struct Ring {
   char* base;
-  uint32_t full, empty;  // shared addresses of [kPieces] barriers each
-  int* places;           // [kPieces] where a piece lies, behind base
+  uint32_t full, empty;  // shared addresses of [kRingPieces] barriers each
+  int* places;           // [kRingPieces] where a piece lies, behind base
   unsigned piece = 0;    // of all
 
+  [[nodiscard]] __device__ uint32_t full_at(int i) const { return full + 8 * i; }
+  [[nodiscard]] __device__ uint32_t empty_at(int i) const { return empty + 8 * i; }
   [[nodiscard]] __device__ unsigned index(unsigned ahead = 0) const {
-    return (piece + ahead) % kPieces;
+    return (piece + ahead) % kRingPieces;
   }
   [[nodiscard]] __device__ const char* wait(unsigned ahead = 0) const {
-    mbarrier_wait(full + 8 * index(ahead), (piece + ahead) / kPieces % 2);
+    mbarrier_wait(full + 8 * index(ahead), (piece + ahead) / kRingPieces % 2);
     return base + places[index(ahead)];
   }
   /// Every warp must release every piece.
@@ -278,43 +279,17 @@ struct Block {
 struct Producer {
   Ring ring;
   uint64_t policy;
-  int* held;  // [kPieces]
+  int* held;  // [kRingPieces]
   int capacity;
   int at = 0;
-  int used = 0;  // bytes of the ring
-  int oldest = 0;
-  int n_held = 0;
-  uint32_t oldest_parity = 0;
-  int flying = 0;  // bytes on their way
-  int n_flying = 0;
-  int next_to_land = 0;
-  uint32_t next_parity = 0;
+  RingRoom room{};
 
   /// Makes room; announces the bytes that will come. A piece that would cross the end of the ring
   /// starts at the beginning.
   __device__ uint32_t begin(int bytes, int expected) {
     const int to = at + bytes <= capacity ? at : 0;
     const int need = bytes + (to == at ? 0 : capacity - at);
-    while (used + need > capacity || n_held == kPieces) {
-      mbarrier_wait(ring.empty + 8 * oldest, oldest_parity);
-      used -= held[oldest];
-      --n_held;
-      if (++oldest == kPieces) {
-        oldest = 0;
-        oldest_parity ^= 1;
-      }
-    }
-    while (n_flying == kPieces || (n_flying > 0 && flying + need > kMostFlying)) {
-      mbarrier_wait(ring.full + 8 * next_to_land, next_parity);
-      flying -= held[next_to_land];
-      --n_flying;
-      if (++next_to_land == kPieces) {
-        next_to_land = 0;
-        next_parity ^= 1;
-      }
-    }
-    flying += need;
-    ++n_flying;
+    room.take(ring, held, capacity, kMostFlying, need);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       held[ring.index()] = need;
@@ -322,8 +297,7 @@ struct Producer {
       mbarrier_expect(ring.full + 8 * ring.index(), expected);
     }
     __syncwarp();
-    used += need;
-    ++n_held;
+    room.taken(need);
     at = to + bytes;
     return shared_address(ring.base + to);
   }
@@ -1395,9 +1369,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   const int tid = static_cast<int>(threadIdx.x);
   const int block = static_cast<int>(blockIdx.x);
   const int blocks = static_cast<int>(gridDim.x);
-  Ring ring{shared + p.at.ring, shared_address(shared), shared_address(shared) + 8 * kPieces,
-            reinterpret_cast<int*>(shared + p.at.held) + kPieces};
-  const uint32_t small_full = shared_address(shared) + 16 * kPieces;
+  Ring ring{shared + p.at.ring, shared_address(shared), shared_address(shared) + 8 * kRingPieces,
+            reinterpret_cast<int*>(shared + p.at.held) + kRingPieces};
+  const uint32_t small_full = shared_address(shared) + 16 * kRingPieces;
   // Asked for before the table, so that they are there with it.
   const unsigned launch = __ldcg(p.launches);
   int slots[B];
@@ -1409,7 +1383,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
       mbarrier_init(small_full + 8 * i, 1);
       mbarrier_init(small_full + 16 + 8 * i, kWarps * kWarpArrivals);
     }
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < kRingPieces; ++i) {
       mbarrier_init(ring.full + 8 * i, 1);
       mbarrier_init(ring.empty + 8 * i, kWarps * kWarpArrivals);
     }
@@ -1520,13 +1494,13 @@ template <int B>
 bool lay_out(StepParams& p, int blocks, bool narrow) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  int next = 2 * 8 * kPieces + 32;
+  int next = 2 * 8 * kRingPieces + 32;
   const auto place = [&](int bytes) {
     const int here = next;
     next += round_up(bytes, 16);
     return here;
   };
-  at.held = place(2 * kPieces * 4);
+  at.held = place(2 * kRingPieces * 4);
   at.slots = place(2 * B * 4);
   at.table = place(p.n_layer * static_cast<int>(sizeof(StepLayer)));
   at.v_pitch = round_up(std::max({p.d_model, p.d_inner, narrow ? kNarrowModel : 0}), 64) + 32;
@@ -1655,19 +1629,12 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
   if (plan == nullptr) {
     auto made = std::make_unique<Plan>();
     made->layers = layers;
-    const auto keep = [&](int64_t bytes) {
-      made->memory.push_back(allocate_(static_cast<size_t>(bytes), "decode step"));
-      return made->memory.back().data();
-    };
-    const auto zeroed = [&](int64_t bytes) {
-      void* at = keep(bytes);
-      KRAIT_CUDA(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
-      return at;
-    };
+    const PlanMemory memory{allocate_, stream, made->memory};
     const int64_t proj_bytes = E * p.proj_pitch * 2;
-    auto* transposed = static_cast<char*>(keep(n_layer * proj_bytes));
-    auto* out_transposed = narrow_model ? static_cast<char*>(keep(n_layer * E * D * 2)) : nullptr;
-    auto* records = static_cast<float*>(keep(n_layer * blocks * p.record * 4));
+    auto* transposed = static_cast<char*>(memory.keep(n_layer * proj_bytes));
+    auto* out_transposed =
+        narrow_model ? static_cast<char*>(memory.keep(n_layer * E * D * 2)) : nullptr;
+    auto* records = static_cast<float*>(memory.keep(n_layer * blocks * p.record * 4));
     for (size_t i = 0; i < layers.size(); ++i) {
       const Mamba1Layer& w = weights.layers[i];
       void* to = transposed + static_cast<int64_t>(i) * proj_bytes;
@@ -1689,16 +1656,12 @@ bool Mamba1Stepper::launch(const Mamba1Weights& weights, const Tensor& logits, c
           p.d_inner);
       KRAIT_CUDA(cudaGetLastError());
     }
-    const size_t table = layers.size() * sizeof(StepLayer);
-    auto* device_layers = static_cast<StepLayer*>(keep(static_cast<int64_t>(table)));
-    KRAIT_CUDA(
-        cudaMemcpyAsync(device_layers, layers.data(), table, cudaMemcpyHostToDevice, stream));
-    made->device_layers = device_layers;
+    made->device_layers = memory.copy_of(layers);
     made->records = records;
     made->set_bytes = kCopies * 8 * J * 8 + 8 * E * 4 + 8 * D * 4 +
                       (narrow_model ? kCopies * (kNarrowModel + kNarrowProj) * 8 : 0);
-    made->exchange = static_cast<char*>(zeroed(2 * made->set_bytes));
-    made->launches = static_cast<unsigned*>(zeroed(sizeof(unsigned)));
+    made->exchange = static_cast<char*>(memory.zeroed(2 * made->set_bytes));
+    made->launches = static_cast<unsigned*>(memory.zeroed(sizeof(unsigned)));
     KRAIT_CUDA(cudaStreamSynchronize(stream));  // `layers` goes
     plans_.push_back(std::move(made));
     plan = plans_.back().get();

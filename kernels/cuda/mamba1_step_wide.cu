@@ -62,8 +62,8 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/persistent.cuh"
 #include "kernels/cuda/verbs.h"
+#include "kernels/cuda/weight_ring.cuh"
 
 namespace krait::cuda {
 namespace {
@@ -74,7 +74,6 @@ constexpr int kAllThreads = kThreads + 64;  // with the producer and the warp of
 constexpr int kRows = 8;                    // of a piece of a matrix
 constexpr int kSpan = 32 * kWarps;          // columns of a matrix of which each warp has 32
 constexpr int kHeld = 10;                   // spans of which a thread has its part in registers
-constexpr int kPieces = 32;                 // of the ring on their way or in use at once
 // Bytes of a block on their way at once. With all of the ring some blocks get theirs long before
 // others, and the slowest is whom all wait for.
 constexpr int kMostFlying = 50 << 10;
@@ -223,28 +222,30 @@ struct Thread {
 struct Ring {
   const StepParams& p;
   int at = 0;
-  int piece = 0;  // of kPieces
+  int piece = 0;  // of kRingPieces
   uint32_t parity = 0;
 
-  __device__ uint32_t full(int i) const { return shared_address(shared_at(8 * i)); }
-  __device__ uint32_t empty(int i) const { return shared_address(shared_at(8 * (kPieces + i))); }
+  __device__ uint32_t full_at(int i) const { return shared_address(shared_at(8 * i)); }
+  __device__ uint32_t empty_at(int i) const {
+    return shared_address(shared_at(8 * (kRingPieces + i)));
+  }
   /// Where a piece of so many bytes lies.
   __device__ int place(int bytes) const { return at + bytes <= p.at.ring_bytes ? at : 0; }
   __device__ void advance(int place, int bytes) {
     at = place + bytes;
-    if (++piece == kPieces) {
+    if (++piece == kRingPieces) {
       piece = 0;
       parity ^= 1;
     }
   }
   __device__ const char* wait(int bytes) const {
-    mbarrier_wait(full(piece), parity);
+    mbarrier_wait(full_at(piece), parity);
     return shared_at(p.at.ring + place(bytes));
   }
   /// Every warp must release every piece.
   __device__ void release(int bytes) {
     __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(empty(piece));
+    if (warp_arrives()) mbarrier_arrive(empty_at(piece));
     advance(place(bytes), bytes);
   }
 };
@@ -259,7 +260,7 @@ __device__ __forceinline__ int piece_columns(int n_columns, int first) {
 
 /// The barriers that follow those of the ring: of what a layer needs besides it.
 __device__ __forceinline__ uint32_t small_full(int l) {
-  return shared_address(shared_at(16 * kPieces + 8 * (l % 2)));
+  return shared_address(shared_at(16 * kRingPieces + 8 * (l % 2)));
 }
 __device__ __forceinline__ uint32_t small_empty(int l) { return small_full(l) + 16; }
 __device__ __forceinline__ const char* small_of(const StepParams& p, int l) {
@@ -277,52 +278,25 @@ struct Producer {
   const StepParams& p;
   Ring ring{p};
   uint64_t policy = evict_first_policy();
-  int used = 0;  // bytes of the ring
-  int oldest = 0;
-  int n_held = 0;
-  uint32_t oldest_parity = 0;
-  int flying = 0;  // bytes on their way
-  int n_flying = 0;
-  int next_to_land = 0;
-  uint32_t next_parity = 0;
+  RingRoom room{};
 
   /// Makes room; announces the bytes that will come.
   __device__ uint32_t begin(int bytes, int expected) {
-    int* held = shared_array<int>(p.at.held);  // [kPieces]
+    int* held = shared_array<int>(p.at.held);  // [kRingPieces]
     const int to = ring.place(bytes);
     const int need = bytes + (to == ring.at ? 0 : p.at.ring_bytes - ring.at);
-    while (used + need > p.at.ring_bytes || n_held == kPieces) {
-      mbarrier_wait(ring.empty(oldest), oldest_parity);
-      used -= held[oldest];
-      --n_held;
-      if (++oldest == kPieces) {
-        oldest = 0;
-        oldest_parity ^= 1;
-      }
-    }
-    while (n_flying == kPieces || (n_flying > 0 && flying + need > kMostFlying)) {
-      mbarrier_wait(ring.full(next_to_land), next_parity);
-      flying -= held[next_to_land];
-      --n_flying;
-      if (++next_to_land == kPieces) {
-        next_to_land = 0;
-        next_parity ^= 1;
-      }
-    }
-    flying += need;
-    ++n_flying;
+    room.take(ring, held, p.at.ring_bytes, kMostFlying, need);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       held[ring.piece] = need;
-      mbarrier_expect(ring.full(ring.piece), expected);
+      mbarrier_expect(ring.full_at(ring.piece), expected);
     }
     __syncwarp();
-    used += need;
-    ++n_held;
+    room.taken(need);
     return shared_address(shared_at(p.at.ring + to));
   }
   __device__ void copy(uint32_t to, const void* from, int bytes) const {
-    bulk_copy(to, from, bytes, ring.full(ring.piece), policy);
+    bulk_copy(to, from, bytes, ring.full_at(ring.piece), policy);
   }
   __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
 
@@ -1075,9 +1049,9 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       mbarrier_init(small_full(i), 1);
       mbarrier_init(small_empty(i), kWarps * kWarpArrivals);
     }
-    for (int i = 0; i < kPieces; ++i) {
-      mbarrier_init(ring.full(i), 1);
-      mbarrier_init(ring.empty(i), kWarps * kWarpArrivals);
+    for (int i = 0; i < kRingPieces; ++i) {
+      mbarrier_init(ring.full_at(i), 1);
+      mbarrier_init(ring.empty_at(i), kWarps * kWarpArrivals);
     }
     mbarrier_init_done();
     Own own{PairRun(p.d_inner, block, blocks),
@@ -1170,13 +1144,13 @@ template <int B>
 bool lay_out(StepParams& p, int spans) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  int next = 2 * 8 * kPieces + 32;
+  int next = 2 * 8 * kRingPieces + 32;
   const auto place = [&](int bytes) {
     const int here = next;
     next += round_up(bytes, 16);
     return here;
   };
-  at.held = place(kPieces * 4);
+  at.held = place(kRingPieces * 4);
   at.own = place(sizeof(Own));
   at.table = place(p.n_layer * static_cast<int>(sizeof(StepLayer)));
   at.x = place(B * kChannelPitch * 2);
@@ -1284,16 +1258,13 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
   if (plan == nullptr) {
     auto made = std::make_unique<Plan>();
     made->layers = layers;
-    const auto keep = [&](int64_t bytes) {
-      made->memory.push_back(allocate_(static_cast<size_t>(bytes), "decode step"));
-      return made->memory.back().data();
-    };
+    const PlanMemory memory{allocate_, stream, made->memory};
     const auto fill = [&](void* at, int byte, int64_t bytes) {
       KRAIT_CUDA(cudaMemsetAsync(at, byte, static_cast<size_t>(bytes), stream));
     };
     const int64_t proj_bytes = E * p.proj_pitch * 2;
-    auto* transposed = static_cast<char*>(keep(n_layer * proj_bytes));
-    auto* records = static_cast<float*>(keep(n_layer * blocks * p.record * 4));
+    auto* transposed = static_cast<char*>(memory.keep(n_layer * proj_bytes));
+    auto* records = static_cast<float*>(memory.keep(n_layer * blocks * p.record * 4));
     for (size_t i = 0; i < layers.size(); ++i) {
       const Mamba1Layer& w = weights.layers[i];
       void* to = transposed + static_cast<int64_t>(i) * proj_bytes;
@@ -1310,20 +1281,15 @@ bool Mamba1WideStepper::run(const Mamba1Weights& weights, const Tensor& logits, 
           p.d_inner, p.d_model);
       KRAIT_CUDA(cudaGetLastError());
     }
-    const size_t table = layers.size() * sizeof(StepLayer);
-    auto* device_layers = static_cast<StepLayer*>(keep(static_cast<int64_t>(table)));
-    KRAIT_CUDA(
-        cudaMemcpyAsync(device_layers, layers.data(), table, cudaMemcpyHostToDevice, stream));
-    made->device_layers = device_layers;
+    made->device_layers = memory.copy_of(layers);
     made->records = records;
-    made->exchange = static_cast<char*>(keep(2 * p.set_bytes));
+    made->exchange = static_cast<char*>(memory.keep(2 * p.set_bytes));
     for (int set = 0; set < 2; ++set) {
       char* at = made->exchange + set * p.set_bytes;
       fill(at, 0, p.set_bytes - 2 * p.buffer_bytes);
       fill(at + p.set_bytes - 2 * p.buffer_bytes, 0xff, 2 * p.buffer_bytes);
     }
-    made->launches = static_cast<unsigned*>(keep(sizeof(unsigned)));
-    fill(made->launches, 0, sizeof(unsigned));
+    made->launches = static_cast<unsigned*>(memory.zeroed(sizeof(unsigned)));
     KRAIT_CUDA(cudaStreamSynchronize(stream));  // `layers` goes
     plans_.push_back(std::move(made));
     plan = plans_.back().get();

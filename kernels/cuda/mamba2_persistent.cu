@@ -1083,26 +1083,14 @@ bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, cons
   if (plan == nullptr) {
     auto made = std::make_unique<Plan>();
     made->layers = layers;
-    const auto keep = [&](int64_t bytes) {
-      made->memory.push_back(allocate_(static_cast<size_t>(bytes), "decode step"));
-      return made->memory.back().data();
-    };
-    const auto zeroed = [&](int64_t bytes) {
-      void* at = keep(bytes);
-      KRAIT_CUDA(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
-      return at;
-    };
+    const PlanMemory memory{allocate_, stream, made->memory};
     const std::vector<int> side_begin = share_sides(p, blocks);
     for (size_t i = 0; i + 1 < side_begin.size(); ++i) {
       made->most_sides = std::max(made->most_sides, side_begin[i + 1] - side_begin[i]);
     }
-    const size_t begin_bytes = side_begin.size() * sizeof(int);
-    auto* device_begin = static_cast<int*>(keep(static_cast<int64_t>(begin_bytes)));
-    KRAIT_CUDA(cudaMemcpyAsync(device_begin, side_begin.data(), begin_bytes, cudaMemcpyHostToDevice,
-                               stream));
-    made->side_begin = p.side_begin = device_begin;
+    made->side_begin = p.side_begin = memory.copy_of(side_begin);
     set_records(p, made->most_sides);
-    auto* records = static_cast<float*>(zeroed(n_layer * blocks * p.record * 4));
+    auto* records = static_cast<float*>(memory.zeroed(n_layer * blocks * p.record * 4));
     for (size_t i = 0; i < layers.size(); ++i) {
       const Mamba2Layer& w = weights.layers[i];
       const bool last = i + 1 == layers.size();
@@ -1114,14 +1102,10 @@ bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, cons
            last ? weights.norm_f.as<float>() : weights.layers[i + 1].norm.as<float>()});
       KRAIT_CUDA(cudaGetLastError());
     }
-    const size_t table = layers.size() * sizeof(StepLayer);
-    auto* device_layers = static_cast<StepLayer*>(keep(static_cast<int64_t>(table)));
-    KRAIT_CUDA(
-        cudaMemcpyAsync(device_layers, layers.data(), table, cudaMemcpyHostToDevice, stream));
-    made->device_layers = device_layers;
+    made->device_layers = memory.copy_of(layers);
     made->records = records;
-    made->exchange = static_cast<float*>(zeroed(2 * p.set * 4));
-    made->launches = static_cast<unsigned*>(zeroed(sizeof(unsigned)));
+    made->exchange = static_cast<float*>(memory.zeroed(2 * p.set * 4));
+    made->launches = static_cast<unsigned*>(memory.zeroed(sizeof(unsigned)));
     KRAIT_CUDA(cudaStreamSynchronize(stream));  // `layers` and `side_begin` go
     plans_.push_back(std::move(made));
     plan = plans_.back().get();

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "kernels/cuda/mbarrier.cuh"
@@ -65,6 +67,31 @@ __global__ void transpose_kernel(T* to, const T* from, int64_t n_rows, int64_t n
   return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
          device_attribute(cudaDevAttrCooperativeLaunch) != 0;
 }
+
+/// Device memory for what a plan keeps, in `kept`.
+struct PlanMemory {
+  const std::function<Buffer(size_t bytes, std::string_view what)>& allocate;
+  cudaStream_t stream;
+  std::vector<Buffer>& kept;
+
+  [[nodiscard]] void* keep(int64_t bytes) const {
+    kept.push_back(allocate(static_cast<size_t>(bytes), "decode step"));
+    return kept.back().data();
+  }
+  [[nodiscard]] void* zeroed(int64_t bytes) const {
+    void* at = keep(bytes);
+    KRAIT_CUDA(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
+    return at;
+  }
+  /// `values` must stay until the stream has come so far.
+  template <typename V>
+  [[nodiscard]] V* copy_of(const std::vector<V>& values) const {
+    const size_t bytes = values.size() * sizeof(V);
+    void* at = keep(static_cast<int64_t>(bytes));
+    KRAIT_CUDA(cudaMemcpyAsync(at, values.data(), bytes, cudaMemcpyHostToDevice, stream));
+    return static_cast<V*>(at);
+  }
+};
 
 /// The plan that was made for `layers`, compared byte by byte, or null.
 template <typename Plan, typename Layer>

@@ -1,5 +1,6 @@
 // The stream of weights of a kernel that stays on every multiprocessor for a whole decode step
-// (mamba2_persistent.cu): one warp copies all that the block will need, in the order in which it is
+// (mamba2_persistent.cu; mamba1_step.cu and mamba1_step_wide.cu have rings of their own, but count
+// their room as here): one warp copies all that the block will need, in the order in which it is
 // needed, into a ring in shared memory; all other warps walk through the same sequence.
 #pragma once
 
@@ -27,6 +28,8 @@ struct WeightRing {
   int piece = 0;  // of kRingPieces
   uint32_t parity = 0;
 
+  [[nodiscard]] __device__ uint32_t full_at(int i) const { return full + 8 * i; }
+  [[nodiscard]] __device__ uint32_t empty_at(int i) const { return empty + 8 * i; }
   /// Where a piece of so many bytes lies.
   __device__ int place(int bytes) const { return at + bytes <= capacity ? at : 0; }
   __device__ void advance(int place, int bytes) {
@@ -48,12 +51,8 @@ struct WeightRing {
   }
 };
 
-/// Fills the ring, in the order in which the consumers walk through it. A warp.
-struct RingProducer {
-  WeightRing ring;
-  uint64_t policy;
-  int* held;  // [kRingPieces]
-  int most_flying;
+/// What a producer knows of its ring: the pieces in use and those on their way, the oldest first.
+struct RingRoom {
   int used = 0;  // bytes of the ring
   int oldest = 0;
   int n_held = 0;
@@ -63,12 +62,14 @@ struct RingProducer {
   int next_to_land = 0;
   uint32_t next_parity = 0;
 
-  /// Makes room for a piece and announces the bytes that will come; its address.
-  __device__ uint32_t begin(int bytes, int expected) {
-    const int to = ring.place(bytes);
-    const int need = bytes + (to == ring.at ? 0 : ring.capacity - ring.at);
-    while (used + need > ring.capacity || n_held == kRingPieces) {
-      mbarrier_wait(ring.empty + 8 * oldest, oldest_parity);
+  /// Waits until the ring, of `capacity` bytes, has room for a piece of `need`, and no more than
+  /// `most_flying` bytes will be on their way with it. held [kRingPieces]: the bytes of the pieces
+  /// before. Ring: full_at(i) and empty_at(i) are the barriers of piece i.
+  template <typename Ring>
+  __device__ __forceinline__ void take(const Ring& ring, const int* held, int capacity,
+                                       int most_flying, int need) {
+    while (used + need > capacity || n_held == kRingPieces) {
+      mbarrier_wait(ring.empty_at(oldest), oldest_parity);
       used -= held[oldest];
       --n_held;
       if (++oldest == kRingPieces) {
@@ -77,7 +78,7 @@ struct RingProducer {
       }
     }
     while (n_flying == kRingPieces || (n_flying > 0 && flying + need > most_flying)) {
-      mbarrier_wait(ring.full + 8 * next_to_land, next_parity);
+      mbarrier_wait(ring.full_at(next_to_land), next_parity);
       flying -= held[next_to_land];
       --n_flying;
       if (++next_to_land == kRingPieces) {
@@ -87,14 +88,34 @@ struct RingProducer {
     }
     flying += need;
     ++n_flying;
+  }
+  /// After its bytes were written down in `held`.
+  __device__ __forceinline__ void taken(int need) {
+    used += need;
+    ++n_held;
+  }
+};
+
+/// Fills the ring, in the order in which the consumers walk through it. A warp.
+struct RingProducer {
+  WeightRing ring;
+  uint64_t policy;
+  int* held;  // [kRingPieces]
+  int most_flying;
+  RingRoom room{};
+
+  /// Makes room for a piece and announces the bytes that will come; its address.
+  __device__ uint32_t begin(int bytes, int expected) {
+    const int to = ring.place(bytes);
+    const int need = bytes + (to == ring.at ? 0 : ring.capacity - ring.at);
+    room.take(ring, held, ring.capacity, most_flying, need);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       held[ring.piece] = need;
       mbarrier_expect(ring.full + 8 * ring.piece, expected);
     }
     __syncwarp();
-    used += need;
-    ++n_held;
+    room.taken(need);
     return shared_address(ring.base + to);
   }
   __device__ void copy(uint32_t to, const void* from, int bytes) const {
