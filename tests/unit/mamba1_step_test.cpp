@@ -3,13 +3,7 @@
 // further from it than the verbs are.
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "runtime/state_pool.h"
-#include "support/test_models.h"
-#include "support/test_support.h"
+#include "support/step_rig.h"
 
 namespace krait::test {
 namespace {
@@ -45,99 +39,6 @@ ModelConfig config_of(const StepCase& c) {
   return m;
 }
 
-constexpr int kSlots = 9;
-constexpr int kSteps = 6;
-
-/// A model on one device with its states and a step's memory.
-class Rig {
- public:
-  Rig(Ops& op, const StepCase& c, const Model& model)
-      : op_(op),
-        model_(model),
-        n_(static_cast<int64_t>(c.slots.size())),
-        T_(op.activation_dtype(c.weights)),
-        pool_(op, c.n_layer, model.layer_state(T_, c.state), kSlots, /*poison=*/false) {
-    for (int s = 0; s < kSlots; ++s) pool_.clear(s);
-    const ModelConfig& m = model.config();
-    residual_ = tensor(DType::f32, {n_, m.d_model});
-    normed_ = tensor(T_, {n_, m.d_model});
-    ids_ = tensor(DType::i32, {n_});
-    logits_ = tensor(DType::f32, {n_, m.vocab_rows});
-    for (const TensorSpec& s : model.activations(T_))
-      act_.push_back(tensor(s.dtype, {n_, s.shape[0]}));
-    std::vector<int32_t> start;
-    for (int32_t i = 0; i <= n_; ++i) start.push_back(i);
-    batch_ = {n_, n_, 1, tensor(DType::i32, {n_ + 1}), tensor(DType::i32, {n_})};
-    op.upload(batch_.seq_start.data, start.data(), batch_.seq_start.bytes());
-    op.upload(batch_.slot.data, c.slots.data(), batch_.slot.bytes());
-  }
-
-  /// Logits of the rows that have a slot, after feeding one token to each sequence.
-  std::vector<float> feed(const std::vector<int32_t>& ids, bool whole_step,
-                          const std::vector<int32_t>& slots) {
-    op_.upload(ids_.data, ids.data(), ids_.bytes());
-    if (whole_step) {
-      EXPECT_TRUE(model_.step(op_, logits_, ids_, batch_, pool_.layers()));
-    } else {
-      model_.forward(op_, residual_, ids_, batch_, act_, pool_.layers());
-      model_.head(op_, logits_, normed_, residual_);
-    }
-    std::vector<float> all(static_cast<size_t>(logits_.numel()));
-    op_.download(all.data(), logits_.data, logits_.bytes());
-    std::vector<float> rows;
-    const int64_t width = logits_.dim(1);
-    for (size_t i = 0; i < slots.size(); ++i) {
-      if (slots[i] < 0) continue;
-      const auto from = all.begin() + static_cast<ptrdiff_t>(i) * width;
-      rows.insert(rows.end(), from, from + width);
-    }
-    return rows;
-  }
-
-  /// Fills what the convolution of layer 0 remembers of a slot; weights in bf16.
-  void set_window(int slot, float value) {
-    const Tensor& t = pool_.layers().front()[0];
-    const size_t bytes = t.bytes() / kSlots;
-    const std::vector<bf16_t> values(bytes / sizeof(bf16_t), bf16_t(value));
-    op_.upload(static_cast<std::byte*>(t.data) + static_cast<size_t>(slot) * bytes, values.data(),
-               bytes);
-  }
-
-  [[nodiscard]] bool steps_at_once() {
-    return model_.step(op_, logits_, ids_, batch_, pool_.layers());
-  }
-
- private:
-  Tensor tensor(DType t, const Shape& shape) {
-    const Tensor view(nullptr, t, shape);
-    memory_.push_back(op_.allocate(view.bytes(), "test"));
-    return {memory_.back().data(), t, shape};
-  }
-
-  Ops& op_;
-  const Model& model_;
-  int64_t n_;
-  DType T_;
-  StatePool pool_;
-  std::vector<Buffer> memory_;
-  Tensor residual_, normed_, ids_, logits_;
-  Activations act_;
-  Batch batch_;
-};
-
-/// Logits of kSteps tokens, the same for every device.
-std::vector<float> run(const LoadedModel& m, const StepCase& c, bool whole_step) {
-  Rig rig(*m.op, c, *m.model);
-  std::vector<float> all;
-  for (int t = 0; t < kSteps; ++t) {
-    const auto ids =
-        random_ids(c.slots.size(), m.model->config().vocab_size, static_cast<uint64_t>(t) + 1);
-    const auto rows = rig.feed(ids, whole_step, c.slots);
-    all.insert(all.end(), rows.begin(), rows.end());
-  }
-  return all;
-}
-
 LoadedModel load_case(const Backend& backend, const StepCase& c, std::optional<DType> dtype) {
   const ModelConfig m = config_of(c);
   return load(backend, m, make_random_checkpoint(m, c.weights, 3, RandomMemory::distinct), dtype);
@@ -151,10 +52,7 @@ TEST_P(Mamba1StepGpuTest, IsAsExactAsTheVerbs) {
   exact.state = DType::f32;
   const auto want = run(load_case(kBackends[1], exact, c.weights), exact, false);
   const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-  const Comparison verbs = compare(run(gpu, c, false), want);
-  const Comparison step = compare(run(gpu, c, true), want);
-  EXPECT_LT(verbs.nmse, 1e-3) << verbs.text;
-  EXPECT_LE(step.nmse, 1.5 * verbs.nmse) << step.text << "; the verbs: " << verbs.text;
+  expect_as_exact_as_the_verbs(gpu, c, want);
 }
 
 TEST_P(Mamba1StepGpuTest, GivesTheSameBitsAgain) {
@@ -264,24 +162,7 @@ TEST(Mamba1StepGpu, WhatIsNoNumberStaysNoNumber) {
   for (const StepCase& c :
        {StepCase{.name = "two", .slots = {3, 0}}, StepCase{.name = "one", .slots = {3}}}) {
     const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-    const auto ids = random_ids(c.slots.size(), gpu.model->config().vocab_size, 1);
-    const auto clean = Rig(*gpu.op, c, *gpu.model).feed(ids, true, c.slots);
-    const auto width = static_cast<ptrdiff_t>(clean.size() / c.slots.size());
-    for (const float bad :
-         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
-      Rig rig(*gpu.op, c, *gpu.model);
-      rig.set_window(3, bad);
-      const auto first = rig.feed(ids, true, c.slots);
-      EXPECT_TRUE(std::none_of(first.begin(), first.begin() + width,
-                               [](float v) { return std::isfinite(v); }))
-          << c.name << ' ' << bad;
-      EXPECT_TRUE(std::equal(first.begin() + width, first.end(), clean.begin() + width))
-          << c.name << ' ' << bad;
-      // The state is no number any more.
-      const auto second = rig.feed(ids, true, c.slots);
-      EXPECT_FALSE(std::isfinite(second.front())) << c.name << ' ' << bad;
-      EXPECT_EQ(std::isfinite(second.back()), c.slots.size() > 1) << c.name << ' ' << bad;
-    }
+    expect_no_number_stays_none(gpu, c);
   }
 }
 
@@ -296,19 +177,7 @@ TEST(Mamba1StepGpu, GivesTheSameBitsAfterTwoThousandSteps) {
                       .slots = {7, 6, 5, 4, 3, 2, 1, 8}};
   for (const StepCase& c : {narrow, wide}) {
     const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-    const auto last = [&] {
-      Rig rig(*gpu.op, c, *gpu.model);
-      std::vector<float> logits;
-      for (uint64_t t = 0; t < 2000; ++t) {
-        const auto ids = random_ids(c.slots.size(), gpu.model->config().vocab_size, t);
-        logits = rig.feed(ids, true, c.slots);
-      }
-      return logits;
-    };
-    const auto first = last();
-    EXPECT_TRUE(std::all_of(first.begin(), first.end(), [](float v) { return std::isfinite(v); }))
-        << c.name;
-    EXPECT_EQ(last(), first) << c.name;
+    expect_the_same_after_two_thousand_steps(gpu, c);
   }
 }
 
