@@ -103,7 +103,7 @@ constexpr int kNarrowProj = 512;
 // sees nothing yet and is in the way of the shares: 1,024 sums take 1.18 microseconds with 900
 // cycles, 2.0 without.
 [[maybe_unused]] constexpr unsigned kFirstLook = 1200;
-// The same before a block of a wide model gathers y or the residual.
+// The same before y or the residual of one sequence is gathered, in the form that is not narrow.
 [[maybe_unused]] constexpr unsigned kLaterLook = 700;
 constexpr int kTiles = kMaxChannels / 16;
 constexpr int kChannelPitch = kMaxChannels + 16;
@@ -531,8 +531,7 @@ __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, 
   constexpr int kStride = 4 * kWarps * 32;
   const int first_column = (warp + kWarps * (lane / 8)) * 32 + lane % 8 * 4;
   const auto values = [](const uint4& v) {
-    return float4{__uint_as_float(v.x & ~1U), __uint_as_float(v.y & ~1U),
-                  __uint_as_float(v.z & ~1U), __uint_as_float(v.w & ~1U)};
+    return float4{value_of(v.x), value_of(v.y), value_of(v.z), value_of(v.w)};
   };
   if (B == 1 && length <= kStride) {
     const bool wanted = first_column < length;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/verbs.h"
@@ -13,8 +12,7 @@ void WeightStream::start() {
   if (stream_ != nullptr) return;
   KRAIT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   constexpr int kReaders = 8;
-  readers_ = std::make_unique<ThreadPool>(
-      std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kReaders));
+  readers_ = std::make_unique<ThreadPool>(std::min(usable_cores(), kReaders));
   for (Stage& s : stages_) {
     KRAIT_CUDA(cudaMallocHost(&s.pinned, kChunkBytes));
     KRAIT_CUDA(cudaMalloc(&s.device, kChunkBytes));

@@ -17,22 +17,6 @@ namespace krait {
 
 namespace {
 
-/// Cores this process may use: those of its affinity mask, and no more than its cgroup pays for.
-int usable_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  int n = sched_getaffinity(0, sizeof(set), &set) == 0
-              ? CPU_COUNT(&set)
-              : static_cast<int>(std::thread::hardware_concurrency());
-  std::ifstream cpu_max("/sys/fs/cgroup/cpu.max");  // "quota period" in microseconds, or "max ..."
-  double quota = 0;
-  double period = 0;
-  if (cpu_max >> quota >> period && period > 0) {
-    n = std::min(n, static_cast<int>(std::lround(quota / period)));
-  }
-  return std::max(n, 1);
-}
-
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   _mm_pause();
@@ -49,6 +33,21 @@ constexpr int kSpins = 2000;
 constexpr int64_t kRangesPerThread = 4;
 
 }  // namespace
+
+int usable_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  int n = sched_getaffinity(0, sizeof(set), &set) == 0
+              ? CPU_COUNT(&set)
+              : static_cast<int>(std::thread::hardware_concurrency());
+  std::ifstream cpu_max("/sys/fs/cgroup/cpu.max");  // "quota period" in microseconds, or "max ..."
+  double quota = 0;
+  double period = 0;
+  if (cpu_max >> quota >> period && period > 0) {
+    n = std::min(n, static_cast<int>(std::lround(quota / period)));
+  }
+  return std::max(n, 1);
+}
 
 // A loop is open while `generation` is odd. A worker joins by raising `active` and looking again:
 // the caller closes the loop first and then waits for `active` to fall to zero, so whoever saw the

@@ -7,6 +7,9 @@
 
 namespace krait {
 
+/// Cores this process may use: those of its affinity mask, and no more than its cgroup pays for.
+[[nodiscard]] int usable_cores();
+
 class ThreadPool {
  public:
   /// `n_threads` counts the caller, who works too. 0: the number of cores this process may use.

@@ -234,8 +234,8 @@ class BatchCommand {
   [[nodiscard]] EngineOptions engine_options(const Session& session, const Session& first,
                                              const Survey& survey, bool prefix) const {
     EngineOptions o;
-    // The prompts of a batch are many: the scheduler gathers them for a chunk, and sequences that
-    // are under way wait for it, so a chunk larger than the device needs gains nothing.
+    // The scheduler gathers prompts for a chunk, and sequences that are under way wait for it:
+    // nothing larger was measured for batches.
     constexpr int64_t kLargestChunk = 4096;
     o.prefill_chunk = flags_.device.prefill_chunk;
     if (o.prefill_chunk == 0) {
