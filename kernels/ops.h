@@ -200,8 +200,8 @@ class Ops {
   /// linear, where nobody reads the columns of `out` from n_soon on before settle(), nor writes
   /// `in`: a backend may compute them beside the verbs that follow.
   virtual void linear_soon(const Tensor& out, int64_t n_soon, const Tensor& in, const Tensor& W,
-                           const Tensor& bias) {
-    (void)n_soon;
+                           const Tensor& bias, const Batch& batch) {
+    (void)n_soon, (void)batch;
     linear(out, in, W, bias);
   }
   virtual void settle() {}
