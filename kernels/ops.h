@@ -121,7 +121,9 @@ struct SampleState {
   Tensor counts;   ///< i32 [n_slot, vocab]: occurrences in the window (min(repeat_last_n, window));
                    ///< null: no penalties
   Tensor bias_id;  ///< i32 [n_slot, max_bias]: biased tokens, -1 = unused; null: none
-  Tensor bias_value;  ///< f32 [n_slot, max_bias]; -inf forbids a token
+  Tensor bias_value;   ///< f32 [n_slot, max_bias]; -inf forbids a token
+  Tensor row_id = {};  ///< i32 [n_seq], not by slot: gets the tokens too, 0 in a padding row; null:
+                       ///< not wanted
 };
 
 struct DeviceInfo {

@@ -250,21 +250,26 @@ class CudaOps final : public Ops {
   }
 
   void receive(std::span<int32_t> tokens) override {
-    const unsigned long long wanted = received_ + 1;
-    const volatile unsigned long long* posted = mailbox_.posted;
-    for (int spin = 0; *posted < wanted; ++spin) {
-      if (spin % 4096 != 4095) continue;
-      // A kernel that failed never posts: ask now and then, and give the core away while waiting.
-      const cudaError_t status = cudaStreamQuery(stream_);
-      if (status == cudaSuccess && *posted < wanted) {
-        throw Error(ErrorKind::runtime, "receive() without a sample() to wait for");
+    const uint64_t wanted = received_ + 1;
+    const volatile uint64_t* row = mailbox_.ring + received_ % Mailbox::kPosts * Mailbox::kMaxRows;
+    int spin = 0;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const auto arrived = [&] {
+        const uint64_t word = row[i];
+        tokens[i] = static_cast<int32_t>(word & 0xffffffffU);
+        return word >> 32 == (wanted & 0xffffffffU);
+      };
+      for (; !arrived(); ++spin) {
+        if (spin % 4096 != 4095) continue;
+        // A kernel that failed never posts: ask now and then, and give the core away while waiting.
+        const cudaError_t status = cudaStreamQuery(stream_);
+        if (status == cudaSuccess && !arrived()) {
+          throw Error(ErrorKind::runtime, "receive() without a sample() to wait for");
+        }
+        if (status != cudaErrorNotReady) KRAIT_CUDA(status);
+        std::this_thread::yield();
       }
-      if (status != cudaErrorNotReady) KRAIT_CUDA(status);
-      std::this_thread::yield();
     }
-    std::atomic_thread_fence(std::memory_order_acquire);
-    const int32_t* row = mailbox_.ring + (received_ % Mailbox::kPosts) * Mailbox::kMaxRows;
-    std::copy_n(row, tokens.size(), tokens.begin());
     received_ = wanted;
   }
 
@@ -439,19 +444,17 @@ class CudaOps final : public Ops {
   }
 
   void make_mailbox() {
-    constexpr size_t kRing = sizeof(int32_t) * Mailbox::kPosts * Mailbox::kMaxRows;
+    constexpr size_t kRing = sizeof(uint64_t) * Mailbox::kPosts * Mailbox::kMaxRows;
     void* host = nullptr;
-    KRAIT_CUDA(cudaMallocHost(&host, kRing + sizeof(unsigned long long)));
-    mailbox_host_ = Buffer(host, kRing + sizeof(unsigned long long), free_pinned);
+    KRAIT_CUDA(cudaMallocHost(&host, kRing));
+    mailbox_host_ = Buffer(host, kRing, free_pinned);
     std::memset(host, 0, mailbox_host_.bytes());
-    constexpr size_t kCounters = 2 * sizeof(unsigned long long);
     constexpr size_t kScratch = sizeof(uint64_t) * Mailbox::kMaxRows * Mailbox::kParts;
-    mailbox_counters_ = allocate(kCounters + kScratch, "mailbox");
-    zero(mailbox_counters_.data(), kCounters);
-    mailbox_.ring = static_cast<int32_t*>(host);
-    mailbox_.posted = reinterpret_cast<unsigned long long*>(static_cast<std::byte*>(host) + kRing);
-    mailbox_.counters = static_cast<unsigned long long*>(mailbox_counters_.data());
-    mailbox_.part_best = reinterpret_cast<uint64_t*>(mailbox_.counters + 2);
+    mailbox_device_ = allocate(kScratch + sizeof(uint64_t), "mailbox");
+    mailbox_.ring = static_cast<volatile uint64_t*>(host);
+    mailbox_.part_best = static_cast<uint64_t*>(mailbox_device_.data());
+    mailbox_.posts = mailbox_.part_best + kScratch / sizeof(uint64_t);
+    zero(mailbox_.posts, sizeof(uint64_t));
   }
 
   int index_;
@@ -474,9 +477,9 @@ class CudaOps final : public Ops {
   Mamba2Stepper mamba2_stepper_{
       [this](size_t bytes, std::string_view what) { return allocate(bytes, what); }};
   Buffer mailbox_host_;
-  Buffer mailbox_counters_;
+  Buffer mailbox_device_;
   Mailbox mailbox_;
-  unsigned long long received_ = 0;
+  uint64_t received_ = 0;
   std::unordered_map<uint64_t, Step> steps_;
   uint64_t n_replay_ = 0;
   uint64_t last_key_ = 0;  ///< of replay; no key is 0

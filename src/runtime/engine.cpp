@@ -29,7 +29,7 @@ constexpr int64_t kHostWork = 1024 * 768;
 /// The engine's memory besides state and weights, in the order of step_tensors().
 enum StepTensor : size_t {
   kResidual,     ///< f32 [n_tok, d_model]
-  kIds,          ///< i32 [n_tok]
+  kIds,          ///< i32 [n_slot]: what the next step feeds
   kNormed,       ///< T [n_row, d_model]
   kLogits,       ///< f32 [n_row, vocab_rows]
   kChunk,        ///< i32: what describes a prefill chunk, see ChunkLayout
@@ -277,13 +277,22 @@ struct Engine::Impl {
   }
 
   /// Samples from `logits` [n, vocab_rows], which are kept first where they were asked for.
-  void sample(const Tensor& logits, const Tensor& slot, int64_t n) {
+  void sample(const Tensor& logits, const Tensor& slot, int64_t n, const Tensor& row_id = {}) {
     if (keep) op.copy(kept[0].data, logits.data, logits.bytes());
-    op.sample(logits, options.vocab_limit, sampling, slot, n);
+    SampleState s = sampling;
+    s.row_id = row_id;
+    op.sample(logits, options.vocab_limit, s, slot, n);
   }
 
-  /// One step of the first n of kDecodeSlot. Nothing here depends on anything but n and `keep` that
-  /// does not lie in device memory.
+  /// Brings the ids of the first n of kDecodeSlot to kIds.
+  void gather_ids(int64_t n) {
+    op.gather_rows(Tensor(step_memory[kIds].data, DType::i32, {n, 1}),
+                   Tensor(sampling.next_id.data, DType::i32, {options.n_slot, 1}),
+                   step_memory[kDecodeSlot].rows(0, n));
+  }
+
+  /// One step of the first n of kDecodeSlot, from their kIds to the next. Nothing here depends on
+  /// anything but n and `keep` that does not lie in device memory.
   void decode(int64_t n) {
     const Batch b{n,
                   n,
@@ -291,15 +300,13 @@ struct Engine::Impl {
                   step_memory[kDecodeStart].rows(0, n + 1),
                   step_memory[kDecodeSlot].rows(0, n),
                   options.state_rounding};
-    const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
-    const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
-    op.gather_rows(ids, next_id, b.slot);
+    const Tensor ids = step_memory[kIds].rows(0, n);
     Tensor logits = step_memory[kLogits].rows(0, n);
-    if (!model.step(op, logits, step_memory[kIds].rows(0, n), b, state.layers())) {
-      forward(step_memory[kIds].rows(0, n), b);
+    if (!model.step(op, logits, ids, b, state.layers())) {
+      forward(ids, b);
       logits = head(residual(0, n));
     }
-    sample(logits, b.slot, n);
+    sample(logits, b.slot, n, ids);
   }
 
   /// The key of a short prefill's launches: bit 31 tells it from a decode step's.
@@ -401,6 +408,7 @@ struct Engine::Impl {
   uint64_t mark = 0;
   std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds, without padding
   std::vector<int32_t> padded_slots;
+  bool has_ids = false;        ///< kIds holds what they feed next
   std::vector<int32_t> chunk;  ///< what kChunk holds
 
   struct Launch {
@@ -707,6 +715,7 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
   if (n_drawn > 0) {
     if (!is_short) draw();
     e.posted(n_drawn, draw_row);
+    e.has_ids = false;
     for (const int32_t slot : end_slots) {
       Impl::Slot& s = e.slot_at(slot);
       s.sampled = s.drawn = true;
@@ -738,7 +747,9 @@ void Engine::step(std::span<const int32_t> slots) {
     std::ranges::copy(slots, e.padded_slots.begin());
     e.op.upload(e.step_memory[kDecodeSlot].data, e.padded_slots.data(),
                 e.padded_slots.size() * sizeof(int32_t));
+    e.has_ids = false;
   }
+  if (!std::exchange(e.has_ids, true)) e.gather_ids(n_row);
   for (const int32_t slot : slots) ++e.slot_at(slot).n_fed;
   e.op.replay(e.step_key + (static_cast<uint64_t>(n_row) << 1 | (e.keep ? 1U : 0U)),
               [&e, n_row] { e.decode(n_row); });
