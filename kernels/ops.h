@@ -121,7 +121,9 @@ struct SampleState {
   Tensor counts;   ///< i32 [n_slot, vocab]: occurrences in the window (min(repeat_last_n, window));
                    ///< null: no penalties
   Tensor bias_id;  ///< i32 [n_slot, max_bias]: biased tokens, -1 = unused; null: none
-  Tensor bias_value;  ///< f32 [n_slot, max_bias]; -inf forbids a token
+  Tensor bias_value;   ///< f32 [n_slot, max_bias]; -inf forbids a token
+  Tensor row_id = {};  ///< i32 [n_seq], not by slot: gets the tokens too, 0 in a padding row; null:
+                       ///< not wanted
 };
 
 struct DeviceInfo {
@@ -200,8 +202,8 @@ class Ops {
   /// linear, where nobody reads the columns of `out` from n_soon on before settle(), nor writes
   /// `in`: a backend may compute them beside the verbs that follow.
   virtual void linear_soon(const Tensor& out, int64_t n_soon, const Tensor& in, const Tensor& W,
-                           const Tensor& bias) {
-    (void)n_soon;
+                           const Tensor& bias, const Batch& batch) {
+    (void)n_soon, (void)batch;
     linear(out, in, W, bias);
   }
   virtual void settle() {}

@@ -123,6 +123,7 @@ void PlainOps::sample(const Tensor& logits, int64_t vocab, const SampleState& st
   std::vector<int32_t> tokens(static_cast<size_t>(n_seq), -1);  // -1 for a padding row
   for (int64_t s = 0; s < n_seq; ++s) {
     const int32_t at = slot.as<int32_t>()[s];
+    if (state.row_id) state.row_id.as<int32_t>()[s] = 0;
     if (at < 0) continue;
     SampleParams params;
     std::memcpy(&params, state.params.rows(at, 1).data, sizeof(params));
@@ -154,6 +155,7 @@ void PlainOps::sample(const Tensor& logits, int64_t vocab, const SampleState& st
     ++position;
     state.next_id.as<int32_t>()[at] = token;
     tokens[static_cast<size_t>(s)] = token;
+    if (state.row_id) state.row_id.as<int32_t>()[s] = token;
 
     if (counts != nullptr) {
       auto* ring = state.seen.rows(at, 1).as<int32_t>();

@@ -145,6 +145,7 @@ void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state,
   check_dense(kVerb, "params", state.params, {n_slot, int64_t{sizeof(SampleParams)}}, {DType::u8});
   check_tensor(kVerb, "position", state.position, {n_slot}, {DType::i64});
   check_tensor(kVerb, "next_id", state.next_id, {n_slot}, kI32);
+  if (state.row_id) check_tensor(kVerb, "row_id", state.row_id, {n_seq}, kI32);
   if (state.counts) {
     check_dense(kVerb, "counts", state.counts, {n_slot, vocab}, kI32);
     check_dense(kVerb, "seen", state.seen, {n_slot, dim(state.seen, 1)}, kI32);

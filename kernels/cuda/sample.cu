@@ -355,52 +355,114 @@ __device__ void each_of_part(const float* logit, const Part& part, F&& f) {
   }
 }
 
+constexpr int kRun = 32 * 32;  // tokens
+
+/// The logits of kRun tokens of a part from `first` on, all on their way at once: a lane has 8
+/// times 4 neighbours. `vector`: rows that allow 16-byte loads, which may pass the end of the part,
+/// not of the row. What is past the end is -inf.
+__device__ __forceinline__ void load_run(float (&l)[32], const float* logit, const Part& part,
+                                         int first, bool vector) {
+  const int own = first + 4 * static_cast<int>(threadIdx.x % 32);
+  if (vector) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int i = own + 128 * j;
+      float4 v{};
+      if (i < part.end) v = __ldcg(reinterpret_cast<const float4*>(logit + i));
+      l[4 * j] = v.x;
+      l[4 * j + 1] = v.y;
+      l[4 * j + 2] = v.z;
+      l[4 * j + 3] = v.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      const int i = own + j / 4 * 128 + j % 4;
+      l[j] = i < part.end ? __ldcg(logit + i) : 0.0F;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+    if (own + j / 4 * 128 + j % 4 >= part.end) l[j] = -INFINITY;
+  }
+}
+
 /// Steps "bias" and "penalty" of kernels/sampling.h, and the first key of each part. One warp a
-/// part.
+/// part. Also counts the posts.
 __global__ void __launch_bounds__(kPartThreads)
     sample_parts_kernel(float* logits, int vocab, int64_t row_stride, SampleState state, int n_bias,
-                        int64_t counts_stride, const int32_t* slots, uint64_t* part_best) {
-  after_previous();
+                        int64_t counts_stride, const int32_t* slots, uint64_t* part_best,
+                        uint64_t* posts) {
+  // No kernel writes these.
   const int64_t seq = blockIdx.y;
   const int32_t slot = slots[seq];
+  float repeat = 1.0F, presence = 0.0F, frequency = 0.0F;
+  if (slot >= 0) {
+    const SampleParams& p = static_cast<const SampleParams*>(state.params.data)[slot];
+    repeat = p.repeat_penalty;
+    presence = p.presence_penalty;
+    frequency = p.frequency_penalty;
+  }
+  after_previous();
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *posts += 1;
   if (slot < 0) return;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int index = static_cast<int>((blockIdx.x * kPartThreads + threadIdx.x) / 32);
   const Part part(vocab, index);
   float* logit = logits + seq * row_stride;
-  const SampleParams& p = static_cast<const SampleParams*>(state.params.data)[slot];
+  const bool vector = row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  float l[kRun / 32];
+  load_run(l, logit, part, part.begin, vector);
   const int32_t* bias_id = static_cast<const int32_t*>(state.bias_id.data) + slot * n_bias;
   const float* bias_value = static_cast<const float*>(state.bias_value.data) + slot * n_bias;
 
+  // Both are rare: they change the row, which is then read again.
+  bool changed = false;
   for (int b = lane; b < n_bias; b += 32) {
     const int32_t id = bias_id[b];
     if (id < part.begin || id >= part.end) continue;
+    changed = true;
     bool first = true;  // the first entry of a token applies them all, in their order
     for (int a = 0; a < b; ++a) first = first && bias_id[a] != id;
     if (!first) continue;
-    float l = sampling::clean(logit[id]);
+    float sum = sampling::clean(logit[id]);
     for (int a = b; a < n_bias; ++a) {
-      if (bias_id[a] == id) l = sampling::clean(l + bias_value[a]);
+      if (bias_id[a] == id) sum = sampling::clean(sum + bias_value[a]);
     }
-    logit[id] = l;
+    logit[id] = sum;
   }
-  __syncwarp();
-  const bool penalise =
-      p.repeat_penalty != 1.0F || p.presence_penalty != 0.0F || p.frequency_penalty != 0.0F;
-  const int32_t* counts =
-      state.counts.data == nullptr || !penalise
-          ? nullptr
-          : static_cast<const int32_t*>(state.counts.data) + slot * counts_stride;
-  uint64_t best = kNoKey;
-  each_of_part(logit, part, [&](int i, float l) {
-    if (counts != nullptr && i < part.end && counts[i] > 0) {
-      l = sampling::penalised(l, counts[i], p.repeat_penalty, p.presence_penalty,
-                              p.frequency_penalty);
-      logit[i] = l;
-      l = sampling::clean(l);
+  const bool penalise = repeat != 1.0F || presence != 0.0F || frequency != 0.0F;
+  if (penalise && state.counts.data != nullptr) {
+    __syncwarp();
+    const int32_t* counts = static_cast<const int32_t*>(state.counts.data) + slot * counts_stride;
+#pragma unroll 4
+    for (int i = part.begin + lane; i < part.end; i += 32) {
+      if (counts[i] <= 0) continue;
+      changed = true;
+      logit[i] = sampling::penalised(sampling::clean(__ldcg(logit + i)), counts[i], repeat,
+                                     presence, frequency);
     }
-    if (l > -INFINITY) best = min(best, sampling::descending_key(l, i));
-  });
+  }
+  if (__any_sync(0xffffffffU, changed)) {
+    __syncwarp();
+    load_run(l, logit, part, part.begin, vector);
+  }
+
+  // A lane's tokens come in the order of their ids, so the first of equals stays.
+  float most = -INFINITY;
+  int at = 0;
+  for (int first = part.begin; first < part.end; first += kRun) {
+    if (first > part.begin) load_run(l, logit, part, first, vector);
+#pragma unroll
+    for (int j = 0; j < kRun / 32; ++j) {
+      const float v = sampling::clean(l[j]);
+      if (v > most) {
+        most = v;
+        at = first + j / 4 * 128 + 4 * lane + j % 4;
+      }
+    }
+  }
+  uint64_t best = most > -INFINITY ? sampling::descending_key(most, at) : kNoKey;
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) best = min(best, __shfl_xor_sync(0xffffffffU, best, d));
   if (lane == 0) part_best[seq * kParts + index] = best;
@@ -547,13 +609,22 @@ __device__ int32_t choose_sorted(const Candidates& c, const SampleParams& p, int
   return static_cast<int32_t>(s.result[0]);
 }
 
+/// Without a temperature that is all, for the first warp.
+__device__ int32_t choose_best(const uint64_t* part_best) {
+  uint64_t best = kNoKey;
+#pragma unroll
+  for (int i = 0; i < kParts; i += 32) best = min(best, part_best[i + threadIdx.x]);
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) best = min(best, __shfl_xor_sync(0xffffffffU, best, d));
+  return best == kNoKey ? 0 : sampling::token_of_key(best);
+}
+
 /// All steps after the penalties.
 __device__ int32_t choose(Candidates c, const SampleParams& p, int64_t position,
                           const uint64_t* part_best, Shared& s) {
   uint64_t best = block_min(threadIdx.x < kParts ? part_best[threadIdx.x] : kNoKey, s);
   if (best == kNoKey)
     return 0;  // every token is forbidden: the lowest id, as in the plain definition
-  if (!(p.temperature > 0.0F)) return sampling::token_of_key(best);
   float top = logit_of_key(best);
   if (p.top_k > 0 && p.top_k <= kParts) {
     gather_top(c, p.top_k, part_best, s);
@@ -613,56 +684,54 @@ __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(float* logits, int vocab, int64_t row_stride, SampleState state, int window,
                   int64_t counts_stride, const int32_t* slots, const uint64_t* part_best,
                   Mailbox mail) {
-  after_previous();
   __shared__ Shared s;
   const int seq = static_cast<int>(blockIdx.x);
+  // No kernel writes these.
   const int32_t slot = slots[seq];
-  int32_t token = 0;
-
-  if (slot >= 0) {
-    const SampleParams p = static_cast<const SampleParams*>(state.params.data)[slot];
-    int64_t* position = static_cast<int64_t*>(state.position.data) + slot;
-    int32_t* counts = state.counts.data == nullptr
-                          ? nullptr
-                          : static_cast<int32_t*>(state.counts.data) + slot * counts_stride;
+  SampleParams p;
+  if (slot >= 0) p = static_cast<const SampleParams*>(state.params.data)[slot];
+  after_previous();
+  const uint64_t post = *mail.posts;
+  const auto deliver = [&](int32_t token) {
+    mail.ring[(post - 1) % Mailbox::kPosts * Mailbox::kMaxRows + seq] =
+        post << 32 | static_cast<uint32_t>(token);
+    if (state.row_id.data != nullptr) {
+      static_cast<int32_t*>(state.row_id.data)[seq] = max(token, 0);
+    }
+  };
+  if (slot < 0) {
+    if (threadIdx.x == 0) deliver(-1);
+    return;
+  }
+  const bool greedy = !(p.temperature > 0.0F);
+  if (greedy && threadIdx.x >= 32) return;
+  // All that is loaded is on its way together: a kernel this short is a few latencies long.
+  int64_t* position_at = static_cast<int64_t*>(state.position.data) + slot;
+  const int64_t position = *position_at;
+  int64_t* n_seen_at = static_cast<int64_t*>(state.seen_len.data) + slot;
+  const int64_t n = window > 0 ? *n_seen_at : 0;
+  int32_t token;
+  if (greedy) {
+    token = choose_best(part_best + seq * kParts);
+  } else {
     float* row = logits + seq * row_stride;
-
     const bool vector = row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-    token = choose({row, nullptr, vocab, vector}, p, *position, part_best + seq * kParts, s);
-    __syncthreads();
-
-    if (threadIdx.x == 0) {
-      *position += 1;
-      static_cast<int32_t*>(state.next_id.data)[slot] = token;
-      if (window > 0) {
-        int32_t* ring =
-            static_cast<int32_t*>(state.seen.data) + static_cast<int64_t>(slot) * window;
-        int64_t* length = static_cast<int64_t*>(state.seen_len.data) + slot;
-        const int64_t n = *length;
-        const int64_t reach = sampling::window_length(p.repeat_last_n, window);
-        if (counts != nullptr && reach > 0) {
-          if (n >= reach) counts[ring[(n - reach) % window]] -= 1;
-          counts[token] += 1;
-        }
-        ring[n % window] = token;
-        *length = n + 1;
-      }
-    }
+    token = choose({row, nullptr, vocab, vector}, p, position, part_best + seq * kParts, s);
   }
-
-  if (threadIdx.x == 0) {
-    volatile int32_t* ring = mail.ring;
-    const unsigned long long post = *static_cast<volatile unsigned long long*>(&mail.counters[0]);
-    ring[(post % Mailbox::kPosts) * Mailbox::kMaxRows + seq] = slot >= 0 ? token : -1;
-    __threadfence_system();
-    if (atomicAdd(&mail.counters[1], 1ULL) + 1 == gridDim.x) {
-      // All rows are written: the post is complete, and the host may see its number.
-      mail.counters[1] = 0;
-      mail.counters[0] = post + 1;
-      __threadfence_system();
-      *static_cast<volatile unsigned long long*>(mail.posted) = post + 1;
-    }
+  if (threadIdx.x != 0) return;
+  deliver(token);
+  *position_at = position + 1;
+  static_cast<int32_t*>(state.next_id.data)[slot] = token;
+  if (window == 0) return;
+  int32_t* ring = static_cast<int32_t*>(state.seen.data) + static_cast<int64_t>(slot) * window;
+  const int64_t reach = sampling::window_length(p.repeat_last_n, window);
+  if (state.counts.data != nullptr && reach > 0) {
+    int32_t* counts = static_cast<int32_t*>(state.counts.data) + slot * counts_stride;
+    if (n >= reach) counts[ring[(n - reach) % window]] -= 1;
+    counts[token] += 1;
   }
+  ring[n % window] = token;
+  *n_seen_at = n + 1;
 }
 
 }  // namespace
@@ -679,7 +748,7 @@ void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const
   launch("sample_parts", sample_parts_kernel, parts, kPartThreads, 0, stream, logits.as<float>(),
          static_cast<int>(vocab), logits.row_stride, state,
          state.bias_id ? static_cast<int>(state.bias_id.dim(1)) : 0, counts_stride,
-         slot.as<int32_t>(), mailbox.part_best);
+         slot.as<int32_t>(), mailbox.part_best, mailbox.posts);
   launch("sample", sample_kernel, static_cast<unsigned>(n_seq), kThreads, 0, stream,
          logits.as<float>(), static_cast<int>(vocab), logits.row_stride, state,
          state.seen ? static_cast<int>(state.seen.dim(1)) : 0, counts_stride, slot.as<int32_t>(),

@@ -58,16 +58,15 @@ void ssd_state_update(const Tensor& y, const SsdInputs& in, const Tensor& ssm_st
 void gated_rms_norm(const Tensor& out, const Tensor& y, const Tensor& z, const Tensor& weight,
                     int64_t n_group, float eps, cudaStream_t stream);
 
-/// Tokens on their way to the host. `ring` is pinned host memory that the device writes:
-/// kPosts x kMaxRows tokens; `posted` counts posts and is written last. `counters` (device): posts
-/// so far, and blocks of the running sample call that are done.
+/// Tokens on their way to the host. `ring` is pinned host memory that the device writes: kPosts x
+/// kMaxRows words, each the number of the post, from 1 on, above the token. So each word says by
+/// itself that it is there, and the device need not wait until others are.
 struct Mailbox {
   static constexpr int kPosts = 8;
   static constexpr int kMaxRows = 8192;
   static constexpr int kParts = 64;  // of a row, that blocks of the sampler share
-  int32_t* ring = nullptr;
-  unsigned long long* posted = nullptr;
-  unsigned long long* counters = nullptr;
+  volatile uint64_t* ring = nullptr;
+  uint64_t* posts = nullptr;      // device: so far
   uint64_t* part_best = nullptr;  // device, kMaxRows x kParts: scratch
 };
 void sample(const Tensor& logits, int64_t vocab, const SampleState& state, const Tensor& slot,

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <ctime>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -54,15 +55,24 @@ double seconds_since(Clock::time_point start) {
 /// Fills in the row's seconds: `body`, `repetitions` times after a warm-up. Bodies shorter than
 /// kSample run several times for one repetition, so that the clock and the launch of the first
 /// kernel don't count. `body` returns the seconds until each sequence had its first token.
+///
+/// The first bodies are no measure: kernels are loaded in the first and launches captured in the
+/// second. So there are at least kBodies of them, unless they are long, and the shortest says how
+/// long one takes.
 template <typename F>
 void time(BenchRow& row, int repetitions, F&& body) {
   constexpr double kWarmUp = 0.1;
+  constexpr double kLongWarmUp = 0.5;
+  constexpr int kBodies = 4;
   constexpr double kSample = 0.02;
-  double once = 0;
-  for (double spent = 0; spent == 0 || spent < kWarmUp; spent += once) {
+  double once = std::numeric_limits<double>::infinity();
+  double spent = 0;
+  for (int n = 0; spent < kWarmUp || (n < kBodies && spent < kLongWarmUp); ++n) {
     const auto start = Clock::now();
     body();
-    once = seconds_since(start);
+    const double took = seconds_since(start);
+    once = std::min(once, took);
+    spent += took;
   }
   const int times = std::max(1, static_cast<int>(kSample / once));
   for (int r = 0; r < repetitions; ++r) {

@@ -58,7 +58,7 @@ class Mamba1 final : public Model {
     const ScanInputs scan{x, dt, w.A, B, C, w.D, z, w.dt_bias};
 
     op.rms_norm(u, residual, w.norm, config_.norm_eps);                  // [n_tok, d_model]
-    op.linear_soon(xz, E, u, w.in_proj, w.in_proj_bias);                 // [n_tok, 2*d_inner]
+    op.linear_soon(xz, E, u, w.in_proj, w.in_proj_bias, b);              // [n_tok, 2*d_inner]
     op.conv1d_silu(x, x_in, w.conv1d, w.conv1d_bias, s[kConvState], b);  // [n_tok, d_inner]
     op.linear(dbc, x, w.x_proj, Tensor());  // [n_tok, dt_rank + 2*d_state]
     if (config_.mixer_norm_eps > 0) op.rms_norm_parts(dbc, {{R, N, N}}, config_.mixer_norm_eps);

@@ -19,16 +19,21 @@ constexpr size_t kMaxOutstanding = 8;  // launches not yet received; Ops::receiv
 constexpr int64_t kMaxSlots = 1 << 20;
 // Logits of many positions go through the head in blocks of about this size.
 constexpr int64_t kLogitsBlockBytes = 16 << 20;
+// Tokens of a short prefill. H100: at 2,048 tokens of narrow models repeated launches still gain
+// 5%, at 8,192 1%.
+constexpr int64_t kShortMost = 2048;
+// Tokens times d_model up to which the host may take longer to launch the kernels of a prefill than
+// a GPU takes to run them.
+constexpr int64_t kHostWork = 1024 * 768;
 
 /// The engine's memory besides state and weights, in the order of step_tensors().
 enum StepTensor : size_t {
   kResidual,     ///< f32 [n_tok, d_model]
-  kIds,          ///< i32 [n_tok]
+  kIds,          ///< i32 [n_slot]: what the next step feeds
   kNormed,       ///< T [n_row, d_model]
   kLogits,       ///< f32 [n_row, vocab_rows]
   kChunk,        ///< i32: what describes a prefill chunk, see ChunkLayout
   kEnd,          ///< f32 [n_slot, d_model]: the residual rows that the tokens are drawn from
-  kEndSlot,      ///< i32 [n_slot]
   kScored,       ///< f32 [n_row, d_model]: residual rows to score; null unless scoring
   kLogProb,      ///< f32 [n_tok], or null
   kBest,         ///< i32 [n_tok], or null
@@ -45,25 +50,50 @@ enum StepTensor : size_t {
   kFirstActivation,  ///< Model::activations(), [n_tok, ...] each
 };
 
-/// One upload describes a prefill chunk: its ids, Batch::seq_start and Batch::slot, and the rows
-/// that end a prompt or are scored. Offsets in i32.
+/// One upload describes a prefill chunk: its ids, Batch::seq_start and Batch::slot, the rows that
+/// end a prompt or are scored, and the slots that draw a token after it. Offsets in i32.
 struct ChunkLayout {
-  ChunkLayout(int64_t n_tok, int64_t n_seq, int64_t n_score)
+  ChunkLayout(int64_t n_tok, int64_t n_seq, int64_t n_draw, int64_t n_score)
       : start(aligned(n_tok)),
         slot(start + aligned(n_seq + 1)),
         end(slot + aligned(n_seq)),
-        score(end + aligned(n_seq)),
+        draw(end + aligned(n_seq)),
+        score(draw + aligned(n_draw)),
         target(score + aligned(n_score)),
         size(target + aligned(n_score)) {}
   int64_t start;   ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
   int64_t slot;    ///< i32 [n_seq]
   int64_t end;     ///< i32 [as many as prompts end]
+  int64_t draw;    ///< i32 [n_draw]
   int64_t score;   ///< i32 [n_score]
   int64_t target;  ///< i32 [n_score]: the tokens whose probability is wanted
   int64_t size;
 
  private:
   static constexpr int64_t aligned(int64_t n) { return (n + 63) / 64 * 64; }
+};
+
+/// What decides the launches of a chunk.
+struct ChunkShape {
+  int64_t n_tok = 0;
+  int64_t n_seq = 0;
+  int64_t max_len = 0;  ///< of a sequence
+
+  /// The smallest of a few shapes that holds this one: padding is at most a sixteenth of more than
+  /// 256 tokens. One token of each sequence stays one token of each.
+  [[nodiscard]] ChunkShape padded(int64_t most_tok, int64_t most_seq) const {
+    ChunkShape p;
+    p.n_seq = std::min(Engine::step_rows(n_seq), most_seq);
+    if (max_len == 1) return {p.n_seq, p.n_seq, 1};
+    const auto step = std::max<int64_t>(
+        16, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n_tok)) / 32));
+    p.n_tok = std::min((n_tok + step - 1) / step * step, most_tok);
+    p.max_len = n_seq == 1
+                    ? p.n_tok
+                    : std::min(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(max_len))),
+                               p.n_tok);
+    return p;
+  }
 };
 
 int64_t logits_rows(const ModelConfig& c, const EngineOptions& o) {
@@ -83,10 +113,9 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
       {"normed", {n_row, c.d_model}, T},
       {"logits", {n_row, c.vocab_rows}, DType::f32},
       {"chunk",
-       {ChunkLayout(o.prefill_chunk, std::min(o.prefill_chunk, o.n_slot), n_score).size},
+       {ChunkLayout(o.prefill_chunk, std::min(o.prefill_chunk, o.n_slot), o.n_slot, n_score).size},
        DType::i32},
       {"end", {o.n_slot, c.d_model}, DType::f32},
-      {"end_slot", {o.n_slot}, DType::i32},
       {"scored", {o.scoring ? n_row : 0, c.d_model}, DType::f32},
       {"logprob", {n_score}, DType::f32},
       {"best", {n_score}, DType::i32},
@@ -127,6 +156,12 @@ EngineOptions checked(EngineOptions o, const ModelConfig& c, const Ops& op, DTyp
     throw Error(ErrorKind::usage, fmt::format("state type: expected f32, bf16 or f16, found {}",
                                               dtype_name(o.state_dtype)));
   }
+  if (o.short_prefill < 0) {
+    o.short_prefill = op.backend() == "cpu" ? 0 : kShortMost;
+  }
+  require(o.short_prefill <= kShortMost, "tokens of a short prefill", o.short_prefill, 0,
+          kShortMost);
+  o.short_prefill = std::min(o.short_prefill, o.prefill_chunk);
   if (o.vocab_limit <= 0 || o.vocab_limit > c.vocab_size) o.vocab_limit = c.vocab_size;
   return o;
 }
@@ -176,7 +211,7 @@ struct Engine::Impl {
         step_memory(ops, step_tensors(c, T, options, m.activations(T)), "activations", o.poison),
         act(m.activations(T).size()),
         bytes_per_sequence(state_bytes_per_sequence(c, T, options.state_dtype)),
-        decode_key(next_engine_id() << 32),
+        step_key(next_engine_id() << 32),
         slots(static_cast<size_t>(options.n_slot)) {
     std::vector<int32_t> iota(static_cast<size_t>(options.n_slot) + 1);
     for (size_t i = 0; i < iota.size(); ++i) iota[i] = static_cast<int32_t>(i);
@@ -196,6 +231,7 @@ struct Engine::Impl {
     int64_t n_fed = 0;  ///< tokens fed since open
     bool open = false;
     bool sampled = false;  ///< next_id holds a token
+    bool biased = true;    ///< the device may hold biases; it begins with any
     bool drawn = false;    ///< a token was sampled since open: the device knows more than `history`
     int64_t n_seen = 0;    ///< tokens put into the window of seen tokens before any was drawn
     std::vector<int32_t> history;  ///< the last of them, at most as many as the window holds
@@ -241,13 +277,22 @@ struct Engine::Impl {
   }
 
   /// Samples from `logits` [n, vocab_rows], which are kept first where they were asked for.
-  void sample(const Tensor& logits, const Tensor& slot, int64_t n) {
+  void sample(const Tensor& logits, const Tensor& slot, int64_t n, const Tensor& row_id = {}) {
     if (keep) op.copy(kept[0].data, logits.data, logits.bytes());
-    op.sample(logits, options.vocab_limit, sampling, slot, n);
+    SampleState s = sampling;
+    s.row_id = row_id;
+    op.sample(logits, options.vocab_limit, s, slot, n);
   }
 
-  /// One step of the first n of kDecodeSlot. Nothing here depends on anything but n and `keep` that
-  /// does not lie in device memory.
+  /// Brings the ids of the first n of kDecodeSlot to kIds.
+  void gather_ids(int64_t n) {
+    op.gather_rows(Tensor(step_memory[kIds].data, DType::i32, {n, 1}),
+                   Tensor(sampling.next_id.data, DType::i32, {options.n_slot, 1}),
+                   step_memory[kDecodeSlot].rows(0, n));
+  }
+
+  /// One step of the first n of kDecodeSlot, from their kIds to the next. Nothing here depends on
+  /// anything but n and `keep` that does not lie in device memory.
   void decode(int64_t n) {
     const Batch b{n,
                   n,
@@ -255,15 +300,24 @@ struct Engine::Impl {
                   step_memory[kDecodeStart].rows(0, n + 1),
                   step_memory[kDecodeSlot].rows(0, n),
                   options.state_rounding};
-    const Tensor ids(step_memory[kIds].data, DType::i32, {n, 1});
-    const Tensor next_id(sampling.next_id.data, DType::i32, {options.n_slot, 1});
-    op.gather_rows(ids, next_id, b.slot);
+    const Tensor ids = step_memory[kIds].rows(0, n);
     Tensor logits = step_memory[kLogits].rows(0, n);
-    if (!model.step(op, logits, step_memory[kIds].rows(0, n), b, state.layers())) {
-      forward(step_memory[kIds].rows(0, n), b);
+    if (!model.step(op, logits, ids, b, state.layers())) {
+      forward(ids, b);
       logits = head(residual(0, n));
     }
-    sample(logits, b.slot, n);
+    sample(logits, b.slot, n, ids);
+  }
+
+  /// The key of a short prefill's launches: bit 31 tells it from a decode step's.
+  [[nodiscard]] uint64_t short_key(const ChunkShape& shape, bool draws) const {
+    static_assert(kShortMost < 1 << 12);
+    const auto n_tok = static_cast<uint64_t>(shape.n_tok);
+    const auto n_seq = static_cast<uint64_t>(shape.n_seq);
+    const auto max_len =
+        static_cast<uint64_t>(std::bit_width(static_cast<uint64_t>(shape.max_len)));
+    return step_key + (uint64_t{1} << 31 | n_tok << 18 | n_seq << 6 | max_len << 2 |
+                       (draws ? 2U : 0U) | (keep ? 1U : 0U));
   }
 
   /// Notes a launch of n_seq sequences that sampled n_row rows, padding rows last.
@@ -348,12 +402,13 @@ struct Engine::Impl {
   Activations act;
   SampleState sampling;
   size_t bytes_per_sequence;
-  uint64_t decode_key;
+  uint64_t step_key;
   std::vector<Slot> slots;
   std::vector<uint64_t> marks = std::vector<uint64_t>(slots.size());  ///< of require_distinct()
   uint64_t mark = 0;
   std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds, without padding
   std::vector<int32_t> padded_slots;
+  bool has_ids = false;        ///< kIds holds what they feed next
   std::vector<int32_t> chunk;  ///< what kChunk holds
 
   struct Launch {
@@ -405,15 +460,20 @@ void Engine::open(int slot, const SampleParams& params, const LogitBias& bias) {
   Impl::Slot fresh;
   fresh.params = params;
   fresh.open = true;
-  e.slots[static_cast<size_t>(slot)] = std::move(fresh);
+  fresh.biased = !bias.empty();
+  const bool was_biased =
+      std::exchange(e.slots[static_cast<size_t>(slot)], std::move(fresh)).biased;
   e.state.clear(slot);
   const auto clear = [&](const Tensor& t) {
     if (t) e.op.zero(t.rows(slot, 1).data, t.rows(slot, 1).bytes());
   };
   const SampleState& s = e.sampling;
   upload_row(e.op, s.params, slot, &params);
-  for (const Tensor& t : {s.position, s.next_id, s.seen, s.seen_len, s.counts}) clear(t);
-  if (s.bias_id) {
+  clear(s.position);
+  if (s.seen) {
+    for (const Tensor& t : {s.seen, s.seen_len, s.counts}) clear(t);
+  }
+  if (s.bias_id && (was_biased || !bias.empty())) {
     std::vector<int32_t> ids(static_cast<size_t>(o.max_bias), -1);
     std::vector<float> values(ids.size(), 0.0F);
     for (size_t i = 0; i < bias.size(); ++i) std::tie(ids[i], values[i]) = bias[i];
@@ -453,6 +513,8 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
                             const std::function<bool()>& cancelled) {
   Impl& e = *impl_;
   int64_t n_drawn = 0;  // sequences that draw a token
+  int64_t n_left = 0;   // tokens
+  bool scoring = false;
   for (const PrefillRequest& r : requests) {
     (void)e.slot_at(r.slot);
     if (r.ids.empty()) throw Error(ErrorKind::usage, "the prompt has no tokens");
@@ -464,7 +526,9 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
           "ids must come from the tokenizer of this model");
     }
     if (r.sample) ++n_drawn;
+    n_left += std::ssize(r.ids);
     if (r.targets.empty()) continue;
+    scoring = true;
     if (!e.options.scoring || r.targets.size() != r.ids.size()) {
       throw Error(
           ErrorKind::runtime,
@@ -489,8 +553,6 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
     if (!e.slot_at(r.slot).drawn) e.upload_history(r.slot);
     end_slots.push_back(r.slot);
   }
-  const Tensor end_slot = e.step_memory[kEndSlot].rows(0, n_drawn);
-  e.op.upload(end_slot.data, end_slots.data(), end_slots.size() * sizeof(int32_t));
 
   struct Piece {
     const PrefillRequest* request;
@@ -522,12 +584,37 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
     return e.options.prefill_chunk - room;
   };
 
+  // A short prefill is one chunk, and with its draw a step that the backend may repeat. Where the
+  // host would bind it becomes one of a few shapes: what fills it up belongs to no slot. Longer
+  // ones stay as they are, and only single prompts are likely to come again.
+  const bool fills = n_left * e.c.d_model <= kHostWork;
+  const bool is_short =
+      n_left <= e.options.short_prefill && !scoring && !sink && (fills || requests.size() == 1);
   const int64_t block = e.step_memory[kLogits].dim(0);
-  int64_t n_ended = 0;  // rows of kEnd that are written
+  const Tensor& all = e.step_memory[kChunk];
+  const auto part = [&all](int64_t offset, int64_t n) {
+    return Tensor(all.as<int32_t>() + offset, DType::i32, {n});
+  };
+  int64_t n_ended = 0;   // rows of kEnd that are written
+  int64_t draw_row = 0;  // rows that draw, those of padding last
+  Tensor draw_slot;      // of the rows that draw
+  const auto draw = [&] {
+    if (draw_row > 0) {
+      e.sample(e.head(e.step_memory[kEnd].rows(0, draw_row)), draw_slot, draw_row);
+    }
+  };
   while (next != requests.end()) {
     if (cancelled && cancelled()) return false;
     const int64_t n_tok = take_pieces();
     const auto n_seq = std::ssize(pieces);
+    ChunkShape shape{n_tok, n_seq, 0};
+    for (const Piece& p : pieces) shape.max_len = std::max(shape.max_len, p.n);
+    const int64_t max_len = shape.max_len;
+    if (is_short && fills) {
+      shape = shape.padded(e.options.prefill_chunk,
+                           std::min(e.options.prefill_chunk, e.options.n_slot));
+    }
+    if (next == requests.end()) draw_row = is_short && n_drawn > 0 ? shape.n_seq : n_drawn;
     scored.clear();
     int64_t row = 0;
     for (const Piece& p : pieces) {
@@ -542,37 +629,55 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
       }
       row += p.n;
     }
-    const ChunkLayout at(n_tok, n_seq, std::ssize(scored));
+    const ChunkLayout at(shape.n_tok, shape.n_seq, draw_row, std::ssize(scored));
     e.chunk.assign(static_cast<size_t>(at.size), 0);
     int32_t* chunk = e.chunk.data();
     row = 0;
-    int64_t max_len = 0;
     int64_t n_end = 0;
     for (int64_t i = 0; i < n_seq; ++i) {
       const Piece& p = pieces[static_cast<size_t>(i)];
       std::copy_n(p.request->ids.begin() + p.begin, p.n, chunk + row);
       row += p.n;
-      max_len = std::max(max_len, p.n);
       chunk[at.start + i + 1] = static_cast<int32_t>(row);
       chunk[at.slot + i] = p.request->slot;
       if (p.request->sample && p.last()) chunk[at.end + n_end++] = static_cast<int32_t>(row - 1);
+    }
+    for (int64_t i = n_seq; i < shape.n_seq; ++i) {
+      if (max_len == 1) ++row;
+      chunk[at.start + i + 1] = static_cast<int32_t>(row);
+      chunk[at.slot + i] = -1;
+    }
+    if (draw_row > 0) {
+      std::fill_n(std::ranges::copy(end_slots, chunk + at.draw).out, draw_row - n_drawn, -1);
+      draw_slot = part(at.draw, draw_row);
+    }
+    if (is_short && draw_row > 0) {
+      std::fill_n(chunk + at.end + n_end, draw_row - n_end, -1);
+      n_end = draw_row;
     }
     for (size_t i = 0; i < scored.size(); ++i) {
       chunk[at.score + static_cast<int64_t>(i)] = scored[i].row;
       chunk[at.target + static_cast<int64_t>(i)] = scored[i].target;
     }
-    const Tensor& all = e.step_memory[kChunk];
     e.op.upload(all.data, chunk, e.chunk.size() * sizeof(int32_t));
-    const auto part = [&](int64_t offset, int64_t n) {
-      return Tensor(all.as<int32_t>() + offset, DType::i32, {n});
+    const auto feed = [&] {
+      e.forward(part(0, shape.n_tok),
+                {shape.n_tok, shape.n_seq, shape.max_len, part(at.start, shape.n_seq + 1),
+                 part(at.slot, shape.n_seq), e.options.state_rounding});
+      if (n_end > 0) {
+        e.op.gather_rows(e.step_memory[kEnd].rows(n_ended, n_end), e.residual(0, shape.n_tok),
+                         part(at.end, n_end));
+      }
     };
-    e.forward(part(0, n_tok), {n_tok, n_seq, max_len, part(at.start, n_seq + 1),
-                               part(at.slot, n_seq), e.options.state_rounding});
-    if (n_end > 0) {
-      e.op.gather_rows(e.step_memory[kEnd].rows(n_ended, n_end), e.residual(0, n_tok),
-                       part(at.end, n_end));
-      n_ended += n_end;
+    if (is_short) {
+      e.op.replay(e.short_key(shape, draw_row > 0), [&] {
+        feed();
+        draw();
+      });
+    } else {
+      feed();
     }
+    n_ended += n_end;
 
     if (!scored.empty()) {
       const auto n_score = std::ssize(scored);
@@ -608,8 +713,9 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
   }
 
   if (n_drawn > 0) {
-    e.sample(e.head(e.step_memory[kEnd].rows(0, n_drawn)), end_slot, n_drawn);
-    e.posted(n_drawn, n_drawn);
+    if (!is_short) draw();
+    e.posted(n_drawn, draw_row);
+    e.has_ids = false;
     for (const int32_t slot : end_slots) {
       Impl::Slot& s = e.slot_at(slot);
       s.sampled = s.drawn = true;
@@ -641,9 +747,11 @@ void Engine::step(std::span<const int32_t> slots) {
     std::ranges::copy(slots, e.padded_slots.begin());
     e.op.upload(e.step_memory[kDecodeSlot].data, e.padded_slots.data(),
                 e.padded_slots.size() * sizeof(int32_t));
+    e.has_ids = false;
   }
+  if (!std::exchange(e.has_ids, true)) e.gather_ids(n_row);
   for (const int32_t slot : slots) ++e.slot_at(slot).n_fed;
-  e.op.replay(e.decode_key + (static_cast<uint64_t>(n_row) << 1 | (e.keep ? 1U : 0U)),
+  e.op.replay(e.step_key + (static_cast<uint64_t>(n_row) << 1 | (e.keep ? 1U : 0U)),
               [&e, n_row] { e.decode(n_row); });
   e.posted(n, n_row);
 }

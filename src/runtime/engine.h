@@ -34,6 +34,9 @@ struct EngineOptions {
   /// Fill steps up with padding rows to one of a few sizes (Engine::step_rows), for callers whose
   /// number of sequences changes often: a backend remembers the launches of each size.
   bool pad_steps = false;
+  /// Prefills of up to so many tokens in all, without scores or a sink, may be remembered too; the
+  /// shortest are filled up for that. 0: none, -1: chosen by the backend.
+  int64_t short_prefill = -1;
   bool scoring = false;  ///< room for PrefillRequest::targets
   bool poison = false;   ///< starts all memory as NaN, so that a read of a free slot shows
 };

@@ -199,8 +199,11 @@ TEST_P(LinearSoon, IsLinearOnceItIsSettled) {
   const Tensor W = d.tensor(r.uniform(kOut * kIn, -1, 1), {kOut, kIn}, DType::bf16);
   const Tensor next = d.tensor(r.uniform(40 * kSoon, -1, 1), {40, kSoon}, DType::bf16);
   const Tensor bias = d.tensor(r.uniform(kOut, -1, 1), {kOut});
+  Batch batch;
+  batch.n_tok = batch.n_seq = n;
+  batch.max_len = 1;
   const auto run = [&](const Tensor& out, const Tensor& later, bool soon) {
-    soon ? d.op.linear_soon(out, kSoon, in, W, bias) : d.op.linear(out, in, W, bias);
+    soon ? d.op.linear_soon(out, kSoon, in, W, bias, batch) : d.op.linear(out, in, W, bias);
     d.op.linear(later.rows(0, n), out.columns(0, kSoon), next, {});
     if (soon) d.op.settle();
     d.op.linear(later.rows(n, n), out.columns(kSoon, kSoon), next, {});

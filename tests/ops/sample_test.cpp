@@ -71,6 +71,7 @@ class Sampler {
       wide.resize(wide.size() + static_cast<size_t>(sizes_.padding), 1e9F);
     }
     const Tensor device_logits = d_.tensor(wide, {n, sizes_.vocab + sizes_.padding});
+    state_.row_id = d_.ints(std::vector<int32_t>(slots.size(), -7));
     d_.op.sample(device_logits, sizes_.vocab, state_, d_.ints(slots), n);
   }
   std::vector<int32_t> receive(int64_t n) {
@@ -85,6 +86,7 @@ class Sampler {
   int32_t sample(const Values& logits) { return sample(logits, {0})[0]; }
 
   std::vector<int32_t> next_id() { return d_.read_as<int32_t>(state_.next_id); }
+  std::vector<int32_t> row_id() { return d_.read_as<int32_t>(state_.row_id); }
   std::vector<int64_t> position() { return d_.read_as<int64_t>(state_.position); }
   std::vector<int32_t> seen() { return d_.read_as<int32_t>(state_.seen); }
   std::vector<int64_t> seen_len() { return d_.read_as<int64_t>(state_.seen_len); }
@@ -313,6 +315,7 @@ TEST_P(Sample, PaddingRowsAndOtherSlotsStay) {
   EXPECT_EQ(tokens[0], 1);
   EXPECT_EQ(tokens[2], 3);
   EXPECT_EQ(s.next_id(), (std::vector<int32_t>{0, 3, 0, 1}));
+  EXPECT_EQ(s.row_id(), (std::vector<int32_t>{1, 0, 3}));
   EXPECT_EQ(s.position(), (std::vector<int64_t>{0, 1, 0, 1}));
   EXPECT_EQ(s.seen_len(), (std::vector<int64_t>{0, 1, 0, 1}));
 }

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <random>
 #include <set>
 
@@ -49,6 +50,8 @@ class EngineTest : public ::testing::TestWithParam<Backend> {
 
   LoadedModel model_;
   int64_t vocab_ = 0;
+  /// A GPU replays what came before, at the latest when it comes for the sixth time.
+  int times_ = std::string_view(GetParam().name) == "Gpu" ? 6 : 2;
 };
 
 /// Random sampling, each sequence with a stream of its own.
@@ -357,6 +360,153 @@ TEST_P(EngineTest, PaddedStepsGiveTheSameTokens) {
     return texts;
   };
   EXPECT_EQ(run(true), run(false));
+}
+
+/// Logits of prompts of these lengths, fed together to slots in another order, and of a step after
+/// it: the states show there.
+std::vector<float> short_prefill(Engine& e, int64_t vocab, const std::vector<size_t>& lengths) {
+  e.keep_logits(true);
+  std::vector<std::vector<int32_t>> prompts;
+  std::vector<PrefillRequest> requests;
+  std::vector<int32_t> slots;
+  for (const size_t n : lengths) prompts.push_back(random_ids(n, vocab, n + prompts.size()));
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    slots.push_back(static_cast<int32_t>((i * 59 + 2) % lengths.size()));
+    e.open(slots.back(), greedy());
+    requests.push_back({slots.back(), prompts[i], true});
+  }
+  std::vector<float> all;
+  const auto keep = [&] {
+    EXPECT_EQ(e.receive().size(), lengths.size());
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      const auto row = e.logits(static_cast<int64_t>(i));
+      all.insert(all.end(), row.begin(), row.end());
+    }
+  };
+  EXPECT_TRUE(e.prefill(requests));
+  keep();
+  e.step(slots);
+  keep();
+  return all;
+}
+
+struct ShortCase {
+  const char* name;
+  const char* family;
+  DType weights;
+  double limit;
+};
+
+TEST_P(EngineTest, ShortPrefillsFilledUpGiveTheSame) {
+  constexpr double kOf16Bits = 0.1;
+  for (const ShortCase& c : {ShortCase{"Mamba-1", "mamba1", DType::f32, kRounding},
+                             {"Mamba-1, bf16", "mamba1", DType::bf16, kOf16Bits},
+                             {"Falcon-Mamba", "falcon-mamba", DType::f32, kRounding},
+                             {"Mamba-2", "mamba2", DType::f32, kRounding},
+                             {"Mamba-2, bf16", "mamba2", DType::bf16, kOf16Bits}}) {
+    SCOPED_TRACE(c.name);
+    ModelConfig m = tiny_config();
+    m.family = c.family;
+    m.d_model = 32;
+    m.d_inner = 64;
+    if (m.family == "falcon-mamba") m.mixer_norm_eps = 1e-6F;
+    if (m.family == "mamba2") {
+      m.d_inner = 128;
+      m.d_state = 64;
+      m.n_head = 2;
+      m.head_dim = 64;
+      m.n_group = 1;
+      m.mixer_norm_eps = 1e-5F;
+    }
+    const LoadedModel model =
+        load(GetParam(), m, std::make_unique<MemoryCheckpoint>(tiny_checkpoint(m)), c.weights);
+    EngineOptions options;
+    options.n_slot = 11;
+    options.poison = true;
+    options.short_prefill = 0;
+    Engine plain(*model.model, *model.op, options);
+    options.short_prefill = 700;
+    Engine filled(*model.model, *model.op, options);
+    for (const std::vector<size_t>& lengths :
+         std::vector<std::vector<size_t>>{{1},
+                                          {2},
+                                          {17},
+                                          {16},
+                                          {100},
+                                          {300},
+                                          {640},
+                                          {700},
+                                          {701},
+                                          {1, 1, 1},
+                                          {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+                                          {1, 2},
+                                          {3, 1, 40},
+                                          {5, 70, 1, 33, 64},
+                                          {200, 1, 1, 1, 1, 1, 1, 1, 200}}) {
+      const auto want = short_prefill(plain, m.vocab_size, lengths);
+      const auto first = short_prefill(filled, m.vocab_size, lengths);
+      EXPECT_TRUE(near_std(first, want, c.limit))
+          << lengths.size() << " prompts, the first of " << lengths[0];
+      for (int i = 1; i < times_; ++i) {
+        EXPECT_EQ(short_prefill(filled, m.vocab_size, lengths), first)
+            << lengths.size() << " prompts, the first of " << lengths[0];
+      }
+    }
+  }
+}
+
+TEST_P(EngineTest, ShortPrefillsOfManyShapes) {
+  // More shapes than a backend remembers, and the first ones again.
+  EngineOptions options;
+  options.n_slot = 56;
+  options.short_prefill = 256;
+  Engine e = engine(options);
+  std::map<std::pair<size_t, size_t>, std::vector<float>> first;
+  const auto feed = [&](size_t n_seq, size_t n) {
+    std::vector<size_t> lengths(n_seq, 1);
+    lengths[0] = n - n_seq + 1;
+    std::vector<float>& want = first[{n_seq, n}];
+    for (int i = 0; i < times_; ++i) {
+      const auto got = short_prefill(e, vocab_, lengths);
+      if (want.empty()) want = got;
+      EXPECT_EQ(got, want) << n_seq << " prompts, " << n << " tokens";
+    }
+  };
+  for (const size_t n_seq : {1U, 2U, 3U, 5U, 9U, 17U, 25U, 33U, 41U, 49U, 1U}) {
+    for (size_t n = 64; n <= 256; n += 16) feed(n_seq, n);
+  }
+}
+
+TEST_P(EngineTest, ShortPrefillsOneAfterTheOther) {
+  // Nothing comes between, so the second is captured; without and with a draw.
+  EngineOptions options;
+  options.short_prefill = 64;
+  Engine e = engine(options);
+  const auto ids = prompt(50);
+  e.keep_logits(true);
+  e.open(0, greedy());
+  e.prefill(0, ids);
+  (void)e.receive();
+  const auto want = copy(e.logits());
+  std::optional<std::vector<float>> first;
+  for (int i = 0; i < 4; ++i) {
+    e.open(0, greedy());
+    EXPECT_TRUE(e.prefill(0, std::span(ids).first(20), /*sample=*/false));
+    EXPECT_TRUE(e.prefill(0, std::span(ids).subspan(20, 20), /*sample=*/false));
+    EXPECT_TRUE(throws(ErrorKind::runtime, "receive", [&] { (void)e.receive(); }));
+    e.prefill(0, std::span(ids).subspan(40));
+    (void)e.receive();
+    const auto got = copy(e.logits());
+    if (!first) first = got;
+    EXPECT_EQ(got, *first);
+    EXPECT_TRUE(near_std(got, want, kRounding));
+  }
+  for (int i = 0; i < 4; ++i) {
+    e.open(0, greedy());
+    e.prefill(0, ids);
+    (void)e.receive();
+    EXPECT_EQ(copy(e.logits()), want);
+  }
 }
 
 TEST(EngineStepRows, AreFew) {
