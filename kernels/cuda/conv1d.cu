@@ -10,10 +10,12 @@
 //          (channels, groups of sequences), a thread has 2 channels of 4 sequences. A layout
 //          without accesses of 4 elements: a thread a channel
 // Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
-// Measured H100 80GB HBM3, bf16 (tools/bench_ops). Decode, 5,120 channels: 4.0 us for 64 sequences,
-//          8.1 for 256; 4 channels a thread took 4.0 to 4.8 and 10.1 to 14.2. 2,048 tokens of one
-//          sequence, 5,120 channels, 1 to 6 chunks a thread: 25.5, 21.1, 19.1, 20.9, 16.0, 17.3 us;
-//          1,536 channels: 7.1, 6.2, 5.5, 10.2, 10.7, 7.7
+// Measured H100 80GB HBM3, bf16 (tools/bench_ops). Decode, 5,120 channels: 2.1 us for 64 sequences,
+//          7.2 for 256, 30.2 for 1,024; 4 channels of 2 sequences a thread took 2.5, 10.0 and 32.3,
+//          of 4 sequences 2.1, 7.0 and 29.9. A ring for the state would write one value a channel
+//          for K-1: 63 MB for 84 at 1,024. 2,048 tokens of one sequence, 5,120 channels, 1 to 6
+//          chunks a thread: 25.5, 21.1, 19.1, 20.9, 16.0, 17.3 us; 1,536 channels: 7.1, 6.2, 5.5,
+//          10.2, 10.7, 7.7
 // Same as  kernels/cpu; tests/ops
 #include <algorithm>
 #include <limits>
@@ -88,53 +90,59 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// One token of each sequence. A thread has V neighbouring channels of kSeqs sequences: all their
-/// inputs are on the way at once, and the weights are read once for all of them. `early`: the state
-/// may be read before the kernels before this one are done.
+/// inputs are on the way at once, and the weights are read once for all of them. seq_start null:
+/// token i is that of sequence i. `early`: the state may be read before the kernels before this one
+/// are done.
 template <typename T, int K, int V, int kSeqs>
 __global__ void __launch_bounds__(kThreads)
     conv1d_decode_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
                          const int32_t* seq_start, const int32_t* slots, int n_seq, int d_inner,
-                         int64_t out_stride, int64_t u_stride, bool early) {
+                         int out_stride, int u_stride, bool early) {
   using Row = Lane<T, V>;
   const int e = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * V;
   if (e >= d_inner) return after_previous();
-  // Parameters: they don't depend on the kernel before this one.
+  const int first = static_cast<int>(blockIdx.y) * kSeqs;
+  // Which sequences there are, and parameters: they don't depend on the kernel before this one.
+  int32_t slot[kSeqs];  // -1: no such sequence
+  int token[kSeqs];
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    const int seq = first + s;
+    token[s] = seq;
+    slot[s] = seq < n_seq ? slots[seq] : -1;
+    if (seq_start != nullptr && seq < n_seq) {
+      token[s] = seq_start[seq];
+      if (seq_start[seq + 1] == token[s]) slot[s] = -1;
+    }
+  }
+  if (!early) after_previous();
+
+  T* const states = conv_state + e;
+  const int64_t pitch = static_cast<int64_t>(K - 1) * d_inner;
+  T* state[kSeqs];
+  Row in[kSeqs][K];  // the state, oldest first, and the input
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    state[s] = states + slot[s] * pitch;
+    if (slot[s] < 0) continue;
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j)
+      in[s][j] = *reinterpret_cast<const Row*>(state[s] + j * d_inner);
+  }
   float w[V * K], b[V];
 #pragma unroll
   for (int i = 0; i < V * K; ++i) w[i] = weight[static_cast<int64_t>(e) * K + i];
 #pragma unroll
   for (int c = 0; c < V; ++c) b[c] = bias != nullptr ? bias[e + c] : 0.0F;
-  if (!early) after_previous();
-
-  Row in[kSeqs][K];  // the state, oldest first, and the input
-  T* state[kSeqs];   // null: no such sequence
-  int64_t token[kSeqs];
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    const int seq = static_cast<int>(blockIdx.y) * kSeqs + s;
-    int32_t slot = -1;
-    if (seq < n_seq && seq_start[seq + 1] > seq_start[seq]) {
-      slot = slots[seq];
-      token[s] = seq_start[seq];
-    }
-    state[s] = slot < 0 ? nullptr : conv_state + static_cast<int64_t>(slot) * (K - 1) * d_inner + e;
-  }
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    if (state[s] == nullptr) continue;
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j)
-      in[s][j] = *reinterpret_cast<const Row*>(state[s] + j * d_inner);
-  }
   if (early) after_previous();
 #pragma unroll
   for (int s = 0; s < kSeqs; ++s) {
-    if (state[s] == nullptr) continue;
-    in[s][K - 1] = *reinterpret_cast<const Row*>(u + token[s] * u_stride + e);
+    if (slot[s] < 0) continue;
+    in[s][K - 1] = *reinterpret_cast<const Row*>(u + e + static_cast<int64_t>(token[s]) * u_stride);
   }
 #pragma unroll
   for (int s = 0; s < kSeqs; ++s) {
-    if (state[s] == nullptr) continue;
+    if (slot[s] < 0) continue;
 #pragma unroll
     for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state[s] + j * d_inner) = in[s][j + 1];
     Row row;
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < K; ++j) sum = fmaf(w[c * K + j], to_float(in[s][j].v[c]), sum);
       row.v[c] = from_float<T>(silu(sum));
     }
-    *reinterpret_cast<Row*>(out + token[s] * out_stride + e) = row;
+    *reinterpret_cast<Row*>(out + e + static_cast<int64_t>(token[s]) * out_stride) = row;
   }
 }
 
@@ -294,9 +302,9 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
               static_cast<unsigned>(ceil_div(batch.n_seq, int64_t{decltype(seqs)::value})));
           launch("conv1d_silu", kernel, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
                  weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
-                 batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(),
-                 static_cast<int>(batch.n_seq), static_cast<int>(d_inner), out.row_stride,
-                 u.row_stride, early);
+                 batch.n_tok == batch.n_seq ? nullptr : batch.seq_start.as<int32_t>(),
+                 batch.slot.as<int32_t>(), static_cast<int>(batch.n_seq), static_cast<int>(d_inner),
+                 static_cast<int>(out.row_stride), static_cast<int>(u.row_stride), early);
         };
         if (by_four && batch.n_seq >= 8) {
           return decode(kTwo, kFour, &conv1d_decode_kernel<T, K, 2, 4>);

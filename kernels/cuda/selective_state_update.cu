@@ -18,8 +18,10 @@
 //          its states
 // Bytes    n_seq * d_inner * (2 * d_state * sizeof(S) + 4 * sizeof(T)) + 4 * d_inner * d_state
 // Roofline under 1 FLOP per byte: bandwidth-bound; below ~10 MB the launch dominates
-// Measured H100 80GB HBM3, d_inner 5120, GB/s at batch 64, 256 and 1024 (tools/bench_ops): f32
-//          state 2,820, 2,950 and 2,880; bf16 state 2,740, 3,040 and 2,710
+// Measured H100 80GB HBM3, d_inner 5120, us at batch 64, 256 and 1024 (tools/bench_ops): f32 state
+//          15.4, 60.3 and 248; bf16 state 8.2, 30.7 and 133. A copy of the states alone in the same
+//          launch: f32 15.5 and 224 (64, 1024); bf16 8.4, 29.6 and 113; other shapes of blocks,
+//          cache hints and orders copied no faster
 // Same as  selective_scan in kernels/cpu with one token; tests/ops
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -40,14 +42,14 @@ struct UpdateInputs {
   int d_inner, n_seq, d_state;
   bool stochastic;  // h is rounded so
   bool early;       // h may be read before the kernels before this one are done
-  int x_stride, dt_stride, z_stride, y_stride, B_stride, C_stride;
+  int x_pitch, dt_pitch, z_pitch, y_pitch, B_pitch, C_pitch, state_pitch;  // bytes
 };
 
-/// Where the element of this row and column lies: a product of 32 bits by 32 with a sum of 64 is
-/// one instruction.
+/// Row `row`, given row 0 and the bytes from row to row: one instruction.
 template <typename T>
-__device__ __forceinline__ T* element(T* p, int row, int stride, int column) {
-  return p + column + static_cast<int64_t>(row) * stride;
+__device__ __forceinline__ T* at_row(T* first, int row, int pitch) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<int64_t>(row) * pitch);
 }
 
 /// 16 bytes of states as they come from memory: unpacked only when they are used, which halves the
@@ -117,6 +119,17 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
   int32_t slot[kSeqs];  // -1: no such sequence
 #pragma unroll
   for (int s = 0; s < kSeqs; ++s) slot[s] = first + s < p.n_seq ? p.slots[first + s] : -1;
+  if (!p.early) after_previous();
+
+  S* const states = ssm_state + (e * kStates + n0);
+  uint4* home[kSeqs];
+  Packed<S> h[kSeqs];
+#pragma unroll
+  for (int s = 0; s < kSeqs; ++s) {
+    home[s] = reinterpret_cast<uint4*>(at_row(states, slot[s], p.state_pitch));
+    // Of each state element one read and one write: L2 need not keep them.
+    if (slot[s] >= 0) h[s].raw = __ldcs(home[s]);
+  }
   float A[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; i += 4) {
@@ -128,35 +141,23 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
   }
   const float bias = p.dt_bias[e];
   const float D = p.D[e];
-  if (!p.early) after_previous();
-
-  S* const states = ssm_state + e * kStates + n0;
-  const int pitch = p.d_inner * kStates;
-  Packed<S> h[kSeqs];
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    if (slot[s] < 0) continue;
-    // Of each state element one read and one write: L2 need not keep them.
-    h[s].raw = __ldcs(reinterpret_cast<const uint4*>(element(states, slot[s], pitch, 0)));
-  }
   if (p.early) after_previous();
   // What a channel needs once for a sequence, one of its lanes computes.
   const int own_seq = first + own;
   T x{}, dt{}, z{};
   if (own_seq < p.n_seq) {
-    x = *element(p.x, own_seq, p.x_stride, e);
-    dt = *element(p.dt, own_seq, p.dt_stride, e);
-    z = *element(p.z, own_seq, p.z_stride, e);
+    x = *at_row(p.x + e, own_seq, p.x_pitch);
+    dt = *at_row(p.dt + e, own_seq, p.dt_pitch);
+    z = *at_row(p.z + e, own_seq, p.z_pitch);
   }
   __shared__ float4 BC[kSeqs][2][kStates / 4];  // B and C, which all channels share
   static_assert(kSeqs * 2 * kStates <= kThreads);
   if (const unsigned i = threadIdx.x; i < kSeqs * 2 * kStates) {
     const int seq = first + static_cast<int>(i / (2 * kStates));
-    const auto n = static_cast<int>(i % kStates);
     const bool is_B = i / kStates % 2 == 0;
     if (seq < p.n_seq) {
       reinterpret_cast<float*>(BC)[i] =
-          to_float(*element(is_B ? p.B : p.C, seq, is_B ? p.B_stride : p.C_stride, n));
+          to_float(*at_row((is_B ? p.B : p.C) + i % kStates, seq, is_B ? p.B_pitch : p.C_pitch));
     }
   }
   __syncthreads();
@@ -195,11 +196,11 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(UpdateInputs<T> 
       }
     }
     h[s].pack_from(state);
-    if (live) __stcs(reinterpret_cast<uint4*>(element(states, slot[s], pitch, 0)), h[s].raw);
+    if (live) __stcs(home[s], h[s].raw);
   }
   const float sum = sum_of_own(part, own);
   if (live && own_live) {
-    *element(p.y, own_seq, p.y_stride, e) = from_float<T>(fmaf(D, value, sum) * silu(to_float(z)));
+    *at_row(p.y + e, own_seq, p.y_pitch) = from_float<T>(fmaf(D, value, sum) * silu(to_float(z)));
   }
 }
 
@@ -210,17 +211,17 @@ __global__ void __launch_bounds__(kThreads)
   after_previous();
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int64_t seq = blockIdx.y;
+  const auto seq = static_cast<int>(blockIdx.y);
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;
   const bool live = at < p.d_inner;  // dead threads stay for the shuffles
   const int64_t e = live ? at : 0;
 
-  const float x = to_float(p.x[seq * p.x_stride + e]);
-  const float dt = softplus(to_float(p.dt[seq * p.dt_stride + e]) + p.dt_bias[e]);
+  const float x = to_float(*at_row(p.x + e, seq, p.x_pitch));
+  const float dt = softplus(to_float(*at_row(p.dt + e, seq, p.dt_pitch)) + p.dt_bias[e]);
   const float dx = dt * x;
-  const T* B = p.B + seq * p.B_stride;
-  const T* C = p.C + seq * p.C_stride;
+  const T* B = at_row(p.B, seq, p.B_pitch);
+  const T* C = at_row(p.C, seq, p.C_pitch);
   const float* A = p.A + e * p.d_state;
   S* h = ssm_state + (static_cast<int64_t>(slot) * p.d_inner + e) * p.d_state;
   float sum = 0.0F;
@@ -234,8 +235,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
   if (live && lane == 0) {
-    const float z = to_float(p.z[seq * p.z_stride + e]);
-    p.y[seq * p.y_stride + e] = from_float<T>(fmaf(p.D[e], x, sum) * silu(z));
+    const float z = to_float(*at_row(p.z + e, seq, p.z_pitch));
+    *at_row(p.y + e, seq, p.y_pitch) = from_float<T>(fmaf(p.D[e], x, sum) * silu(z));
   }
 }
 
@@ -245,6 +246,9 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                             const Batch& batch, bool early, cudaStream_t stream) {
   visit_type(in.x.dtype, "selective_scan x", [&](auto t) {
     using T = decltype(t);
+    const auto pitch = [](const Tensor& t) {
+      return static_cast<int>(t.row_stride * static_cast<int64_t>(itemsize(t.dtype)));
+    };
     const UpdateInputs<T> p{in.x.as<T>(),
                             in.dt.as<T>(),
                             in.z.as<T>(),
@@ -260,12 +264,13 @@ void selective_state_update(const Tensor& y, const ScanInputs& in, const Tensor&
                             static_cast<int>(in.A.dim(1)),
                             batch.state_rounding() == Rounding::stochastic,
                             early,
-                            static_cast<int>(in.x.row_stride),
-                            static_cast<int>(in.dt.row_stride),
-                            static_cast<int>(in.z.row_stride),
-                            static_cast<int>(y.row_stride),
-                            static_cast<int>(in.B.row_stride),
-                            static_cast<int>(in.C.row_stride)};
+                            pitch(in.x),
+                            pitch(in.dt),
+                            pitch(in.z),
+                            pitch(y),
+                            pitch(in.B),
+                            pitch(in.C),
+                            pitch(ssm_state)};
     visit_type(ssm_state.dtype, "selective_scan state", [&](auto s) {
       using S = decltype(s);
       const auto run = [&](auto* kernel, int64_t lanes, int64_t seqs) {

@@ -47,6 +47,10 @@ std::vector<ConvCase> conv_cases() {
         });
       }
     }
+    vary("decode11_empty", [](ConvCase& c) {  // rows that are not their sequences' numbers
+      c.d_inner = 68, c.lengths = {1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1};
+      c.slots = {4, 0, 13, 1, 6, 2, 12, 5, 9, -1, 3};
+    });
     vary("ragged", [](ConvCase& c) { c.lengths = {5, 1, 17, 2, 3}, c.slots = {4, 0, 5, 1, 2}; });
     // Enough work for a device to walk long stretches of each channel.
     vary("wide_ragged", [](ConvCase& c) {
