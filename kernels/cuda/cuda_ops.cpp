@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <optional>
 #include <string>
 #include <thread>
@@ -403,11 +404,22 @@ class CudaOps final : public Ops {
     in_step_ = false;
   }
 
+  /// Blocks of our own product of so many rows. One of them fills the shared memory of a
+  /// multiprocessor: products beside each other divide the multiprocessors, or else each waits for
+  /// the other's blocks to leave. H100, 2.8b: steps of 16 and 32 sequences 6 to 7% shorter so, of
+  /// 64 1.6%, of 128 0.4%; 1.4b: 8% at 16, 3 to 6% at 64 and 128.
+  [[nodiscard]] int most_blocks(int64_t n_row, cudaStream_t stream) const {
+    const int n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+    if (!settling_) return std::numeric_limits<int>::max();
+    return n_sm * (stream == aside_ && n_row > 32 ? 41 : 31) / 100;
+  }
+
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
                bool accumulate, cudaStream_t stream) {
     // A few rows of a small matrix are sooner read than a ring is set up.
     const bool brief = in.dim(0) <= kGemvRows && W.bytes() < kRingBytes;
-    if (!brief && skinny_gemm(out, in, W, bias, accumulate, stream)) return;
+    const int blocks = most_blocks(in.dim(0), stream);
+    if (!brief && skinny_gemm(out, in, W, bias, accumulate, blocks, stream)) return;
     Gemm& gemm = stream == aside_ ? *aside_gemm_ : *gemm_;
     if (in.dim(0) > kGemvRows && gemm.run(out, in, W, accumulate, stream)) {
       if (bias) add_bias(out, bias, stream);

@@ -434,7 +434,7 @@ bool run(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bia
 }  // namespace
 
 bool skinny_gemm(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
-                 bool accumulate, cudaStream_t stream) {
+                 bool accumulate, int most_blocks, cudaStream_t stream) {
   if (itemsize(W.dtype) != 2 || in.dtype != W.dtype ||
       (out.dtype != W.dtype && out.dtype != DType::f32)) {
     return false;
@@ -444,14 +444,16 @@ bool skinny_gemm(const Tensor& out, const Tensor& in, const Tensor& W, const Ten
   if (in.dim(0) > kMaxRows || out.dim(1) > kMax || in.dim(1) > kMax) return false;
 
   Plan best{};
-  double least = std::numeric_limits<double>::infinity();
+  std::pair least(std::numeric_limits<int64_t>::max(), 0.0);  // blocks too many, seconds
   for (const int N : {16, 32, 40, 48, 64, 80, 96, 128}) {
     for (const int split : {1, 2, 4, 8}) {
       if (split > ceil_div(in.dim(1), kStep)) continue;
       const Plan plan{N, split};
-      const double t = estimate(plan, in.dim(0), out.dim(1), in.dim(1));
-      if (t < least) {
-        least = t;
+      const int64_t blocks = ceil_div(out.dim(1), N) * split;
+      const std::pair cost(std::max<int64_t>(blocks - most_blocks, 0),
+                           estimate(plan, in.dim(0), out.dim(1), in.dim(1)));
+      if (cost < least) {
+        least = cost;
         best = plan;
       }
     }

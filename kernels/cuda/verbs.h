@@ -23,9 +23,11 @@ void rms_norm_parts(const Tensor& x, const std::array<int64_t, 3>& widths, float
 void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias, bool accumulate,
           cudaStream_t stream);
 /// The same on Hopper's tensor cores, made for the rows of a decode step; false, and nothing done,
-/// where it is not built for the device, the types, the alignment or so many rows.
+/// where it is not built for the device, the types, the alignment or so many rows. It takes no more
+/// than most_blocks multiprocessors, or as few as it can.
 [[nodiscard]] bool skinny_gemm(const Tensor& out, const Tensor& in, const Tensor& W,
-                               const Tensor& bias, bool accumulate, cudaStream_t stream);
+                               const Tensor& bias, bool accumulate, int most_blocks,
+                               cudaStream_t stream);
 /// out += bias, row by row.
 void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream);
 
