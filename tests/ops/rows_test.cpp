@@ -25,6 +25,11 @@ std::vector<RowCase> row_cases() {
     for (const int64_t d : {1, 2, 7, 16, 31, 64, 129, 768, 1025, 2560, 8192}) {
       cases.push_back({.name = fmt::format("{}_d{}", type, d), .d = d, .weights = t});
     }
+    // Rows enough for a GPU to put several into a block.
+    for (const int64_t d : {4, 100, 768, 1024, 2560, 5120, 5124}) {
+      cases.push_back(
+          {.name = fmt::format("{}_n515_d{}", type, d), .n = 515, .d = d, .weights = t});
+    }
     cases.push_back({.name = type + "_f32_out", .weights = t, .f32_out = true});
     // eps matters in the first, must not in the second, and squares must not overflow in it.
     cases.push_back({.name = type + "_tiny", .weights = t, .scale = 1e-3F});
