@@ -1,4 +1,4 @@
-// mamba2_persistent.cu - a decode step of a whole Mamba-2 model for up to 4 sequences, in one
+// mamba2_persistent.cu - a decode step of a whole Mamba-2 model for one sequence or two, in one
 // launch.
 //
 // As in mamba1_step.cu one block per SM stays for the whole step. Its producer warp walks through
@@ -11,8 +11,7 @@
 // Per layer:
 //
 //   1. B, C and dt of the own rows: in_proj norm(residual), convolution, softplus      | B, C, dt
-//   2. x and z of the own channels, while those are on their way; state update;
-//      v = y * silu(z)                                                                 | v
+//   2. x of the own channels, while those are on their way; state update; z; v = y * silu(z)   | v
 //   3. residual += out_proj norm(v), of the own rows                                   | residual
 //
 // and in the end logits = lm_head norm_f(residual). So two of the three exchanges are waited for.
@@ -28,13 +27,20 @@
 // sets of places take turns from step to step: a step zeroes the set of the next. All blocks are
 // resident (cooperative launch), so every wait ends.
 //
-// Products: 8 or fewer rows of a weight against 8 columns, on the tensor cores (mma.m16n8k16, the
-// weights in place of B). A warp has the columns (warp + 16 i) * 32 .. + 31 of every matrix, so
-// what it gathers of the residual or v it needs alone. The warps' shares are summed through shared
-// memory; all consumers meet once a layer, else only those wait who sum up. For B sequences a
-// column for each; the next 8 rows' results take the columns that are left.
+// Stream. Whole rows come, as many as fit into 40 KB, by one copy. With a copy for each part of a
+// row, which padding between rows needs, memory gives 2.6 TB/s even when nobody waits for anybody.
+// The state is brought forward before the weights of z come: so only the gate is left when they
+// are there.
 //
-// Nothing may be kept in local memory: while weights stream, a load that misses L1 takes 2
+// Products: 8 rows of a weight on the tensor cores (mma.m16n8k16, the weights in place of B). The
+// same column of all rows lies in the same banks. So of the 128 bytes of a span a warp takes 16
+// bytes of each row, from row to row the next ones, and multiplies them by 8 rows of A that are v,
+// turned in the same way; the diagonal of the result is what is wanted. The other 8 rows of A are
+// another sequence. A warp has the spans warp + 16 i of every matrix, so what it gathers of the
+// residual or v it needs alone. The warps' shares are summed through shared memory; all consumers
+// meet twice a layer, else only those wait who sum up.
+//
+// As little as can be is kept in local memory: while weights stream, a load that misses L1 takes 2
 // microseconds. So what a block knows lies in shared memory, at fixed places.
 //
 // Launch   cooperative, one block per SM: 16 consumer warps and the producer
@@ -43,14 +49,12 @@
 // Memory   besides the weights: the small parameters of each block side by side
 // Errors   what is no number stays none
 // Bytes    the weights, and state read and written, once
-// Measured H100 80GB HBM3, bf16, f32 state, tokens/s, in brackets the verbs: mamba2-2.7b 422 (389)
-//          at batch 1; with pieces of 1,024 columns at most 405, and 788 (718) and 1,312 (1,278) at
-//          batch 2 and 4; 370m 1,648 (1,477), 2,709 (2,687), 3,990 (4,810); 130m 3,556 (3,474),
-//          5,350 (5,989), 8,268 (9,797); codestral-mamba-7b 170 (172). With pieces of 512 columns
-//          2.7b does 284: a copy of a row has its price. Of a layer of 36 microseconds 28 are its
-//          bytes at 3 TB/s; the blocks wait 5 for the residual and 6 for v, in which the ring gets
-//          full. With 30, 45, 64, 90, 140 KB on their way, in whole rows: 362, 414, 408, 400, 393.
-//          Tried and dropped: sending ahead of a full ring for weights into L2 (424, without 422)
+// Measured H100 80GB HBM3, bf16, f32 state, tokens/s, in brackets the form before, with a copy of
+//          up to 1,536 columns of a row, in the same run: batch 1 mamba2-2.7b 480 (420), with bf16
+//          state 497, 1.3b 936 (800), 780m 1,277 (1,090), 370m 1,700 (1,669), 130m 3,511 (3,620);
+//          batch 2 2.7b 850 (816). At batch 4, where a product loads four sequences' turns of v
+//          anew for each 8 rows, 1,173, the verbs 1,278. 2.7b with pieces of 20 KB 2 to 4% slower,
+//          of 10 KB 3 to 6%, of 80 KB 8%; with 60, 80, 100 KB on their way (20 KB each) 8, 10, 13%
 // Same as  the verbs, one by one, as Mamba2::forward calls them; tests/unit/mamba2_step_test.cpp
 #include <algorithm>
 
@@ -66,22 +70,33 @@ namespace {
 
 constexpr int kWarps = 16;  // consumers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostBatch = 4;
+constexpr int kMostBatch = 2;
 constexpr int kMinWidthOfSeveral = 1536;  // d_model, below which several sequences take the verbs
+constexpr int kWideModel = 1536;          // d_model, from which on waits are longer
 constexpr int kMaxGroups = 8;
 constexpr int kMaxBlocks = 256;
 constexpr int kState = 128;  // d_state
 constexpr int kConv = 4;     // d_conv
 constexpr int kUnits = 4;    // channels of a warp
 constexpr int kMaxChannels = kUnits * kWarps;
+constexpr int kMaxRows = 64;        // of out_proj of a block
 constexpr int kWarpPitch = 64 + 2;  // of the warps' shares of a sum, in floats
 constexpr int kGroupShares = kWarps * kWarpPitch;
-constexpr int kPieceColumns = 1536;  // of a row, at most; a multiple of 32 * kWarps
+constexpr int kRows = 8;              // of a weight that the tensor cores take at once
+constexpr int kSpan = 64;             // neighbouring columns of a warp, 128 bytes of each row
+constexpr int kModelSpans = 3;        // of a warp in a vector of d_model, at most
+constexpr int kInnerSpans = 5;        // of d_inner
+constexpr int kMostPiece = 40 << 10;  // bytes of a matrix that one copy brings
 // Bytes of a block on their way at once: more of them delay what the blocks exchange.
 constexpr int kMostFlying = 50 << 10;
-constexpr int kAhead = 3;  // times 32 columns of a row that are on their way to the tensor cores
-constexpr int kHeadRows = 64;                    // of the vocabulary before a sum over the warps
-constexpr int kMaxGather = 4 * 4 * 32 * kWarps;  // floats of a vector that all gather
+constexpr int kHeadRows = 64;  // of the vocabulary before a sum over the warps
+constexpr int kRound = kWarps * kSpan;
+
+/// Whole rows of n_columns that one copy brings; they divide kRows.
+__host__ __device__ constexpr int rows_at_once(int piece_bytes, int n_columns) {
+  const int n = piece_bytes / (2 * n_columns);
+  return n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
+}
 
 struct StepLayer {
   const void *in_proj, *out_proj;
@@ -96,7 +111,7 @@ enum RowParam { kOutBias, kNextNorm, kRowParams };
 
 /// Where what has no fixed place lies in shared memory, in bytes; pitches in elements.
 struct Layout {
-  int v_pitch, table, small, small_bytes, windows, side_windows, ring, ring_bytes;
+  int v_pitch, table, small, small_bytes, windows, side_windows, ring, ring_bytes, piece_bytes;
 };
 
 struct StepParams {
@@ -112,8 +127,8 @@ struct StepParams {
   int n_seq;
   float* logits;
   int64_t logits_stride;
-  // [2 sets] of f32: v [4][d_inner], residual [4][d_model], B, C, dt [4][side_pitch], squares of v
-  // [4][2][block_pitch] and of the residual [4][block_pitch]
+  // [2 sets] of f32: v [2][d_inner], residual [2][d_model], B, C, dt [2][side_pitch], squares of v
+  // [2][2][block_pitch] and of the residual [2][block_pitch]
   float* exchange;
   int64_t set;                                          // floats
   int residual_at, sides_at, v_squares_at, squares_at;  // in a set
@@ -122,6 +137,7 @@ struct StepParams {
   DType state_type;
   int most_channels, most_sides, most_rows;
   int window_pitch, side_window_pitch;  // of what the convolution remembers, elements
+  unsigned residual_late, v_late;       // cycles before the first look at them
   Layout at;
 };
 
@@ -144,6 +160,8 @@ struct Shared {
   int8_t group_of[kMaxBlocks];         // the group of the first channel of each block
   alignas(16) float bc[B][4][kState];  // B and C of the first own group, and of the next
   float dt[B][kMaxChannels];
+  float y[B][kMaxChannels];
+  float residual[B * kMaxRows];  // of the row of out_proj of each thread that has one
   float squares[B][2][kWarps];
   float scale[B];                 // of the norm of the residual
   float v_scale[B * kMaxGroups];  // [B][n_group] of that of v
@@ -198,6 +216,8 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
   RingProducer out{ring, evict_first_policy(), b.s.held, kMostFlying};
   const int D = p.d_model;
   const int E = p.d_inner;
+  const int D_rows = rows_at_once(p.at.piece_bytes, D);
+  const int E_rows = rows_at_once(p.at.piece_bytes, E);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int n = own.channels;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
@@ -231,12 +251,8 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
       window(p.at.windows, p.window_pitch, own.first_channel, x_lines);
       window(p.at.side_windows, p.side_window_pitch, E + own.first_side, side_lines);
     }
-#pragma unroll 1
-    for (int part = kSides; part <= kZ; ++part) {
-      const int first =
-          part == kSides ? 2 * E + own.first_side : (part == kX ? E : 0) + own.first_channel;
-      out.rows(w.in_proj, first, part == kSides ? own.sides : n, D, kPieceColumns);
-    }
+    out.rows(w.in_proj, 2 * E + own.first_side, own.sides, D, D_rows);
+    out.rows(w.in_proj, E + own.first_channel, n, D, D_rows);
     for (int seq = 0; seq < B && n > 0; ++seq) {
       if (!b.lives(seq)) continue;
       const uint32_t to = out.begin(n * state_row, n * state_row);
@@ -248,24 +264,28 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
       }
       out.end(n * state_row);
     }
-    out.rows(w.out_proj, own.first_row, own.rows, E, kPieceColumns);
+    out.rows(w.in_proj, own.first_channel, n, D, D_rows);
+    out.rows(w.out_proj, own.first_row, own.rows, E, E_rows);
   }
-  out.rows(p.head, own.first_word, own.words, D, kPieceColumns);
+  out.rows(p.head, own.first_word, own.words, D, D_rows);
 }
 
 // ---- exchanges ----------------------------------------------------------------------------------
 
 /// v = the columns of a vector of `length` that the warp multiplies with, of all sequences, as soon
-/// as they are published, times factor(seq, column).
+/// as they are published, times factor(seq, column). Looks that come too soon are in the way of
+/// what they look for, and of the weights: the first is `late` cycles from now.
 template <typename T, int B, typename Factor>
 __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, int length,
-                                       unsigned parity, Factor factor) {
+                                       unsigned parity, unsigned late, Factor factor) {
+  const auto begin = static_cast<unsigned>(clock());
+  while (static_cast<unsigned>(clock()) - begin < late) {
+  }
   const int lane = thread() % 32;
   const int warp = thread() / 32;
-  constexpr int kStride = 4 * kWarps * 32;
-  const int column = (warp + kWarps * (lane / 8)) * 32 + lane % 8 * 4;
-  // Element e of 32 goes where product() looks for it: what a lane needs lies together.
-  T* to = b.v + (column & ~31) + (column & 4) * 4 + (column & 16) / 4 + (column & 8) / 4;
+  constexpr int kStride = 2 * kRound;
+  const int column = (warp + kWarps * (lane / 16)) * kSpan + lane % 16 * 4;
+  T* to = b.v + column;
 #pragma unroll 1
   for (int seq = 0; seq < B; ++seq) {
     if (!b.lives(seq)) continue;
@@ -293,10 +313,9 @@ __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, 
       if (!wanted[j]) continue;
       const float f = factor(seq, column + j * kStride);
       T* at = to + seq * b.p.at.v_pitch + j * kStride;
-      *reinterpret_cast<Two<T>*>(at) = {from_float<T>(value_of(word[j].x) * f),
-                                        from_float<T>(value_of(word[j].y) * f)};
-      *reinterpret_cast<Two<T>*>(at + 8) = {from_float<T>(value_of(word[j].z) * f),
-                                            from_float<T>(value_of(word[j].w) * f)};
+      *reinterpret_cast<Quad<T>*>(at) = {
+          from_float<T>(value_of(word[j].x) * f), from_float<T>(value_of(word[j].y) * f),
+          from_float<T>(value_of(word[j].z) * f), from_float<T>(value_of(word[j].w) * f)};
     }
   }
   __syncwarp();
@@ -360,58 +379,111 @@ __device__ __forceinline__ void read_scales(const Block<T, B>& b, float* scale, 
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-/// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares.
-/// A piece is up to 8 rows, and its product with up to 8 sequences a part of an accumulator, one
-/// below the other: row r of piece u and sequence s is number (u * B + s) * 8 + r of 64 in a group.
-template <typename T, int B>
+/// 8 rows of a span: register c is 16-byte piece (c + r) % 8 of row r. The rows lie in the same
+/// banks, their pieces that are taken at the same time do not.
+struct Turned {
+  int first, second;  // bytes into the span, of this lane's row: pieces 0 to 3, and 4 to 7
+  __device__ __forceinline__ Turned() {
+    const int lane = thread() % 32;
+    first = (lane / 8 + lane) % 8 * 16;
+    second = first ^ 64;
+  }
+  __device__ __forceinline__ void load(uint32_t (&r)[8], const char* row) const {
+    uint32_t half[4];
+    load_matrices(half, row + first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = half[i];
+    load_matrices(half, row + second);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[4 + i] = half[i];
+  }
+};
+
+/// c += the products of 8 turns of a span of two sequences with 8 rows of a weight; where turn and
+/// row are equal, the same columns meet.
+template <typename T>
+__device__ __forceinline__ void multiply_span(float (&c)[2][4], const uint32_t (&v0)[8],
+                                              const uint32_t (&v1)[8], const uint32_t (&w)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; k += 2) {
+    multiply_add<T>(c[k / 2 % 2], {v0[k], v1[k], v0[k + 1], v1[k + 1]}, w[k], w[k + 1]);
+  }
+}
+
+/// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares:
+/// row r of sequence s is number (r / 8 * B + s) * 8 + r % 8 of 64 in a group.
+template <int kSpans, typename T, int B>
 __device__ __forceinline__ void multiply(const Block<T, B>& b, WeightRing& ring, int n,
                                          int n_columns, float* shares) {
-  constexpr int kSide = 8 / B;
+  constexpr int kPairs = (B + 1) / 2;  // of sequences
+  constexpr int kStride = kRound * 2;
   const int lane = thread() % 32;
   const int warp = thread() / 32;
   const int group = lane / 4;
-  // 32 columns at a time, from a column of 32 * warp.
-  const char* v =
-      reinterpret_cast<const char*>(b.v + group % B * b.p.at.v_pitch) + warp * 64 + lane % 4 * 16;
-#pragma unroll 1
-  for (int first = 0; first < n; first += kSide * kPieceRows) {
-    float acc[2][4] = {};
-#pragma unroll 1
-    for (int side = 0; side < kSide; ++side) {
-      const int here = min(kPieceRows, n - first - side * kPieceRows);
-      if (here <= 0) break;
-      const bool mine = group / B == side;
-#pragma unroll 1
-      for (int c = 0; c < n_columns; c += kPieceColumns) {
-        const int columns = min(kPieceColumns, n_columns - c);
-        const int pitch = piece_pitch(columns);
-        const char* a =
-            ring.wait(here * pitch) + min(lane % 8, here - 1) * pitch + lane / 8 * 16 + warp * 64;
-        const int steps = (columns / 32 - warp + kWarps - 1) / kWarps;
-#pragma unroll 1
-        for (int i = 0; i < steps; i += kAhead) {
-          uint4 x[kAhead];
-          uint32_t w[kAhead][4];
+  const Turned turned;
+  const int n_span = (n_columns / kSpan - warp + kWarps - 1) / kWarps;
+  const int pitch = 2 * n_columns;
+  const int at_once = rows_at_once(b.p.at.piece_bytes, n_columns);
+  // All lanes have the same row of v.
+  const char* v = reinterpret_cast<const char*>(b.v) + warp * (kSpan * 2);
+  uint32_t kept[B == 1 ? kSpans : 1][8];
+  if constexpr (B == 1) {
 #pragma unroll
-          for (int k = 0; k < kAhead; ++k) {
-            if (i + k >= steps) break;
-            x[k] = uint4{0, 0, 0, 0};
-            if (mine) x[k] = *reinterpret_cast<const uint4*>(v + 2 * c + (i + k) * (kWarps * 64));
-            load_matrices(w[k], a + (i + k) * (kWarps * 64));
-          }
+    for (int i = 0; i < kSpans; ++i) {
+      turned.load(kept[i], v + max(min(i, n_span - 1), 0) * kStride);
+    }
+  }
+#pragma unroll 1
+  for (int first = 0; first < n; first += kRows) {
+    const int here = min(kRows, n - first);
+    const int row = min(lane % 8, here - 1);
+    WeightRing taken = ring;
+    const char* w = nullptr;
+#pragma unroll 1
+    for (int r = 0; r < here; r += at_once) {
+      const int bytes = min(at_once, here - r) * pitch;
+      const char* piece = ring.wait(bytes);
+      if (row >= r) w = piece + (row - r) * pitch;
+      ring.advance(ring.place(bytes), bytes);
+    }
+    w += warp * (kSpan * 2);
+    float acc[kPairs][2][4] = {};
+    if constexpr (B == 1) {
 #pragma unroll
-          for (int k = 0; k < kAhead; ++k) {
-            if (i + k >= steps) break;
-            multiply_add<T>(acc[0], {x[k].x, 0, x[k].y, 0}, w[k][0], w[k][1]);
-            multiply_add<T>(acc[1], {x[k].z, 0, x[k].w, 0}, w[k][2], w[k][3]);
-          }
+      for (int i = 0; i < kSpans; ++i) {
+        if (i >= n_span) break;
+        uint32_t of_w[8];
+        turned.load(of_w, w + i * kStride);
+        multiply_span<T>(acc[0], kept[i], {}, of_w);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < n_span; ++i) {
+        uint32_t of_w[8];
+        turned.load(of_w, w + i * kStride);
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          uint32_t v0[8];
+          uint32_t v1[8];
+          turned.load(v0, v + 2 * pair * b.p.at.v_pitch * 2 + i * kStride);
+          turned.load(v1, v + (2 * pair + 1) * b.p.at.v_pitch * 2 + i * kStride);
+          multiply_span<T>(acc[pair], v0, v1, of_w);
         }
-        ring.release(here * pitch);
       }
     }
-    *reinterpret_cast<float2*>(shares + warp * kWarpPitch + lane * 2) =
-        float2{acc[0][0] + acc[1][0], acc[0][1] + acc[1][1]};
-    shares += kGroupShares;
+#pragma unroll 1
+    for (int r = 0; r < here; r += at_once) taken.release(min(at_once, here - r) * pitch);
+    // Turn g and rows 2 q and 2 q + 1 are in a lane of group g and quarter q.
+    if (lane % 4 == group / 2 && group < here) {
+#pragma unroll
+      for (int seq = 0; seq < B; ++seq) {
+        const auto& c = acc[seq / 2];
+        const int at = seq % 2 * 2;
+        const int m = (first + group) / kRows * B + seq;
+        shares[m / 8 * kGroupShares + warp * kWarpPitch + m % 8 * 8 + group] =
+            group % 2 == 0 ? c[0][at] + c[1][at] : c[0][at + 1] + c[1][at + 1];
+      }
+    }
   }
 }
 
@@ -528,55 +600,60 @@ __device__ __forceinline__ float4 load_states(const S* from) {
     return f;
   }
 }
+/// Nobody reads them again in this step.
 template <typename S>
 __device__ __forceinline__ void store_states(S* to, float4 v) {
   if constexpr (std::is_same_v<S, float>) {
-    *reinterpret_cast<float4*>(to) = v;
+    __stcs(reinterpret_cast<float4*>(to), v);
   } else {
-    *reinterpret_cast<uint2*>(to) = {pack<S>(v.x, v.y), pack<S>(v.z, v.w)};
+    __stcs(reinterpret_cast<uint2*>(to), uint2{pack<S>(v.x, v.y), pack<S>(v.z, v.w)});
   }
 }
 
-/// x, z, the state and v = y silu(z) of the own channels of a sequence, and the squares of v. A
-/// warp has up to four channels, warp + 16 u. Eight lanes sum up x and z of each; for the state all
-/// lanes share a channel, 4 states each.
+/// Channel `channel` of the product among `shares`, of a sequence, in all of the 8 lanes that share
+/// the channel.
+template <int B>
+__device__ __forceinline__ float channel_sum(const float* shares, int channel, int seq) {
+  const int part = thread() % 8;
+  const int m = channel / kRows * B + seq;
+  const float* from =
+      shares + m / 8 * kGroupShares + part * 2 * kWarpPitch + m % 8 * 8 + channel % kRows;
+  float t = from[0] + from[kWarpPitch];
+#pragma unroll
+  for (int d = 1; d < 8; d *= 2) t += __shfl_xor_sync(0xffffffffU, t, d);
+  return t;
+}
+
+/// x, the state and y of the own channels of a sequence. A warp has up to four channels, warp + 16
+/// u, and lanes 8 u to 8 u + 7 what belongs to one; for the state all lanes share a channel, 4
+/// states each.
 template <typename T, int B, typename S>
 __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLayer& w,
-                                             const char* small, S* piece, int seq, float left,
-                                             unsigned parity) {
+                                             const char* small, const S* piece, int seq,
+                                             float left) {
   const StepParams& p = b.p;
   const int lane = thread() % 32;
   const int warp = thread() / 32;
   const int n = b.s.own.channels;
   const int c = warp + kWarps * (lane / 8);
-  const bool valid = c < n;
   const int channel = min(c, n - 1);
-  const bool is_z = (lane & 4) != 0;
-  const int part = lane % 4;
-  const int m = channel / kPieceRows * B + seq;
-  const float* from = b.s.shares[is_z ? kZ : kX] + m / 8 * kGroupShares + part * 4 * kWarpPitch +
-                      m % 8 * 8 + channel % kPieceRows;
-  float t = from[0] + from[kWarpPitch] + (from[2 * kWarpPitch] + from[3 * kWarpPitch]);
   const float* record = reinterpret_cast<const float*>(small);
   const auto param = [&](int which) { return record[which * p.most_channels + channel]; };
   const float dt = b.s.dt[seq][channel];
   const float decay = exp2_fast(dt * param(kA));
-  t += __shfl_xor_sync(0xffffffffU, t, 1);
-  t += __shfl_xor_sync(0xffffffffU, t, 2);
-  t = fmaf(t, left, param(is_z ? kZBias : kXBias));
-  T remember{};
-  if (!is_z) {
-    const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
-                    seq * (kConv - 1) * p.window_pitch + b.s.own.first_channel % 8 + channel;
-    const Convolved<T> conv(record + channel * kConv, param(kConvBias), past, p.window_pitch, t);
-    remember = part == 0 ? conv.next[0] : part == 1 ? conv.next[1] : conv.next[2];
-    t = conv.sum;
-  }
-  t = silu(t);
-  const float dx = dt * t;
+  const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
+                  seq * (kConv - 1) * p.window_pitch + b.s.own.first_channel % 8 + channel;
+  const Convolved<T> conv(record + channel * kConv, param(kConvBias), past, p.window_pitch,
+                          fmaf(channel_sum<B>(b.s.shares[kX], channel, seq), left, param(kXBias)));
+  const float x = silu(conv.sum);
+  const float dx = dt * x;
 
   const int next_group = b.s.own.next_group;
   const float* bc = b.s.bc[seq][0] + lane * 4;
+  S* state =
+      static_cast<S*>(w.ssm_state) +
+      (static_cast<int64_t>(b.s.own.slot[seq]) * p.d_inner + b.s.own.first_channel) * kState +
+      lane * 4;
   float y[kUnits] = {};
 #pragma unroll
   for (int pair = 0; pair < kUnits; pair += 2) {
@@ -593,8 +670,14 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
       const float4 next{fmaf(keep, h.x, add * of_B.x), fmaf(keep, h.y, add * of_B.y),
                         fmaf(keep, h.z, add * of_B.z), fmaf(keep, h.w, add * of_B.w)};
       y[u] = fmaf(of_C.x, next.x, of_C.y * next.y) + fmaf(of_C.z, next.z, of_C.w * next.w);
-      if (warp + u * kWarps < n) store_states(piece + own * kState + lane * 4, next);
+      if (warp + u * kWarps < n) store_states(state + own * kState, next);
     }
+  }
+  if (c < n && lane % 8 < kConv - 1) {
+    const int j = lane % 8;
+    *remembered(b, w, seq, j, b.s.own.first_channel + channel) = j == 0   ? conv.next[0]
+                                                                 : j == 1 ? conv.next[1]
+                                                                          : conv.next[2];
   }
   // Lanes 8 u to 8 u + 7 get the sum of y[u].
   const bool upper = (lane & 16) != 0;
@@ -605,9 +688,24 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
       (odd ? odd_sum : even_sum) + __shfl_xor_sync(0xffffffffU, odd ? even_sum : odd_sum, 8);
 #pragma unroll
   for (int d = 4; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
-  const float gate = __shfl_xor_sync(0xffffffffU, t, 4);  // of the lanes that have x
-  const float v = fmaf(param(kD), t, sum) * gate;
-  const bool owner = valid && lane % 8 == 0;
+  if (c < n && lane % 8 == 0) b.s.y[seq][c] = fmaf(param(kD), x, sum);
+}
+
+/// v = y silu(z) of the own channels of a sequence, and its squares.
+template <typename T, int B>
+__device__ __forceinline__ void publish_v(const Block<T, B>& b, const char* small, int seq,
+                                          float left, unsigned parity) {
+  const StepParams& p = b.p;
+  const int lane = thread() % 32;
+  const int warp = thread() / 32;
+  const int n = b.s.own.channels;
+  const int c = warp + kWarps * (lane / 8);
+  const int channel = min(c, n - 1);
+  const float* record = reinterpret_cast<const float*>(small);
+  const auto param = [&](int which) { return record[which * p.most_channels + channel]; };
+  const float z = fmaf(channel_sum<B>(b.s.shares[kZ], channel, seq), left, param(kZBias));
+  const float v = b.s.y[seq][channel] * silu(z);
+  const bool owner = c < n && lane % 8 == 0;
   if (owner) {
     publish(b.s.set + static_cast<int64_t>(seq) * p.d_inner + b.s.own.first_channel + c,
             v * param(kGatedNorm), parity);
@@ -615,29 +713,25 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
   const float square = owner ? v * v : 0.0F;
 #pragma unroll 1
   for (int side = 0; side < (p.n_group > 1 ? 2 : 1); ++side) {
-    float s = (c >= next_group) == (side == 1) ? square : 0.0F;
+    float s = (c >= b.s.own.next_group) == (side == 1) ? square : 0.0F;
     s += __shfl_xor_sync(0xffffffffU, s, 8);
     s += __shfl_xor_sync(0xffffffffU, s, 16);
     if (lane == 0) b.s.squares[seq][side][warp] = s;
   }
-  // The others wait for v; now there is time to write down the rest.
-  if (valid && !is_z && part < kConv - 1) {
-    *remembered(b, w, seq, part, b.s.own.first_channel + channel) = remember;
-  }
-  S* state =
-      static_cast<S*>(w.ssm_state) +
-      (static_cast<int64_t>(b.s.own.slot[seq]) * p.d_inner + b.s.own.first_channel) * kState +
-      lane * 4;
-  using Raw = std::conditional_t<sizeof(S) == 4, uint4, uint2>;
-#pragma unroll 1
-  for (int u = 0; u < kUnits; ++u) {
-    const int own = warp + u * kWarps;
-    if (own >= n) continue;
-    const auto raw = *reinterpret_cast<const Raw*>(piece + own * kState + lane * 4);
-    __stcs(reinterpret_cast<Raw*>(state + own * kState), raw);
-  }
-  // What was written to the piece comes before what the ring's copies write there next.
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// The sums of the squares of the own channels. A warp.
+template <typename T, int B>
+__device__ __forceinline__ void publish_v_squares(const Block<T, B>& b, unsigned parity) {
+  const int lane = thread() % 32;
+  const int seq = lane / 2;
+  const int n_side = b.p.n_group > 1 ? 2 : 1;
+  if (seq >= B || !b.lives(seq) || lane % 2 >= n_side) return;
+  float sum = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += b.s.squares[seq][lane % 2][i];
+  publish(b.s.set + b.p.v_squares_at + (seq * n_side + lane % 2) * b.p.block_pitch + blockIdx.x,
+          sum, parity);
 }
 
 /// The residual of the thread's row, times the weights of the norm that comes; then its squares.
@@ -683,9 +777,9 @@ __device__ __forceinline__ void take_residual(const Block<T, B>& b, unsigned par
   if constexpr (kNarrow<T>) {
     read_scales(b, b.s.scale, squares, p.d_model, 1, p.eps, parity);
     consumers_sync();
-    gather(b, residual, p.d_model, parity, [&](int seq, int) { return b.s.scale[seq]; });
+    gather(b, residual, p.d_model, parity, 0, [&](int seq, int) { return b.s.scale[seq]; });
   } else {
-    gather(b, residual, p.d_model, parity, [](int, int) { return 1.0F; });
+    gather(b, residual, p.d_model, parity, p.residual_late, [](int, int) { return 1.0F; });
     read_scales(b, b.s.scale, squares, p.d_model, 1, p.eps, parity);
   }
 }
@@ -703,78 +797,82 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
   const int warp = tid / 32;
   const bool scaled_v = kNarrow<T> || p.n_group > 1;
 
-  float residual = 0.0F;  // of the thread's row of out_proj
   {
     const Summand<B> row(own.rows);
+    float residual = 0.0F;
     float norm = 0.0F;
     if (row.mine && b.lives(row.seq)) {
       const int d = own.first_row + row.row;
       residual = to_float(
           static_cast<const T*>(p.embedding)[static_cast<int64_t>(p.ids[row.seq]) * p.d_model + d]);
       norm = p.norm_first[d];
+      b.s.residual[tid] = residual;
     }
     if (warp < own.row_warps) publish_residual(b, row, residual, norm, 1);
   }
 
 #pragma unroll 1
   for (int l = 0;; ++l) {
-    const StepLayer& w = b.layers[l];
-    const char* small = b.small + l % 2 * p.at.small_bytes;
+    // Where the parameters of the layer lie: worked out anew where it is needed.
+    const auto small = [&] {
+      int of = l;
+      asm volatile("" : "+r"(of));
+      return b.small + of % 2 * p.at.small_bytes;
+    };
     const auto parity = static_cast<unsigned>(l + 1) % 2;
 
     take_residual(b, parity);
     if (l == p.n_layer) break;
     mbarrier_wait(shared_address(&b.s.small_full[l % 2]), static_cast<uint32_t>(l / 2) % 2);
+    multiply<kModelSpans>(b, ring, own.sides, p.d_model, b.s.shares[kSides]);
+    if (own.sides > 0) {
+      meet<kSideGate, kThreads>(warp < own.side_warps);
+      const Summand<B> side(own.sides);
+      if (side.mine && b.lives(side.seq)) {
+        const float v = side_value(b, b.layers[l], small(), side,
+                                   summed(b.s.shares[kSides]) * left_of(b, side.seq));
+        publish(b.s.set + p.sides_at + side.seq * p.side_pitch + own.first_side + side.row, v,
+                parity);
+      }
+      __syncwarp();
+    }
+    multiply<kModelSpans>(b, ring, own.channels, p.d_model, b.s.shares[kX]);
+    read_sides(b, parity);
+    consumers_sync();
+    if (own.channels > 0) {
+      const int bytes = own.channels * kState * (p.state_type == DType::f32 ? 4 : 2);
 #pragma unroll 1
-    for (int part = kSides; part <= kZ; ++part) {
-      multiply(b, ring, part == kSides ? own.sides : own.channels, p.d_model, b.s.shares[part]);
-      if (part == kSides && own.sides > 0) {
-        meet<kSideGate, kThreads>(warp < own.side_warps);
-        const Summand<B> side(own.sides);
-        if (side.mine && b.lives(side.seq)) {
-          const float v =
-              side_value(b, w, small, side, summed(b.s.shares[kSides]) * left_of(b, side.seq));
-          publish(b.s.set + p.sides_at + side.seq * p.side_pitch + own.first_side + side.row, v,
-                  parity);
+      for (int seq = 0; seq < B; ++seq) {
+        if (!b.lives(seq)) continue;
+        const char* piece = ring.wait(bytes);
+        const auto update = [&](auto s) {
+          using S = decltype(s);
+          update_state(b, b.layers[l], small(), reinterpret_cast<const S*>(piece), seq,
+                       left_of(b, seq));
+        };
+        if (p.state_type == DType::f32) {
+          update(float{});
+        } else if (p.state_type == DType::bf16) {
+          update(__nv_bfloat16{});
+        } else {
+          update(__half{});
         }
-        __syncwarp();
-      } else if (part == kX) {
-        read_sides(b, parity);
+        ring.release(bytes);
       }
     }
+    multiply<kModelSpans>(b, ring, own.channels, p.d_model, b.s.shares[kZ]);
     consumers_sync();
 #pragma unroll 1
     for (int seq = 0; seq < B; ++seq) {
       if (!b.lives(seq)) continue;
-      if (own.channels == 0) {
-        if (lane < 2) b.s.squares[seq][lane][warp] = 0.0F;
-        continue;
+      if (own.channels > 0) {
+        publish_v(b, small(), seq, left_of(b, seq), parity);
+      } else if (lane < 2) {
+        b.s.squares[seq][lane][warp] = 0.0F;
       }
-      const int bytes = own.channels * kState * (p.state_type == DType::f32 ? 4 : 2);
-      char* piece = const_cast<char*>(ring.wait(bytes));
-      const auto update = [&](auto s) {
-        using S = decltype(s);
-        update_state(b, w, small, reinterpret_cast<S*>(piece), seq, left_of(b, seq), parity);
-      };
-      if (p.state_type == DType::f32) {
-        update(float{});
-      } else if (p.state_type == DType::bf16) {
-        update(__nv_bfloat16{});
-      } else {
-        update(__half{});
-      }
-      ring.release(bytes);
     }
     meet<kSquaresGate, kThreads>(warp == 0);
-    if (warp == 0 && lane < 2 * B && b.lives(lane / 2) && (lane % 2 == 0 || p.n_group > 1)) {
-      float sum = 0.0F;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += b.s.squares[0][0][lane * kWarps + i];
-      const int n_side = p.n_group > 1 ? 2 : 1;
-      publish(
-          b.s.set + p.v_squares_at + (lane / 2 * n_side + lane % 2) * p.block_pitch + blockIdx.x,
-          sum, parity);
-    }
+    if (warp == 0) publish_v_squares(b, parity);
     __syncwarp();
 
     const float* squares = b.s.set + p.v_squares_at;
@@ -782,19 +880,21 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       read_scales(b, b.s.v_scale, squares, p.d_inner, p.n_group, p.mixer_eps, parity);
       consumers_sync();
     }
-    gather(b, b.s.set, p.d_inner, parity, [&](int seq, int column) {
+    gather(b, b.s.set, p.d_inner, parity, scaled_v ? 0 : p.v_late, [&](int seq, int column) {
       return scaled_v ? b.s.v_scale[seq * p.n_group + column / p.group_width] : 1.0F;
     });
     if (!scaled_v) read_scales(b, b.s.v_scale, squares, p.d_inner, 1, p.mixer_eps, parity);
-    multiply(b, ring, own.rows, p.d_inner, b.s.shares[kOut]);
+    multiply<kInnerSpans>(b, ring, own.rows, p.d_inner, b.s.shares[kOut]);
     meet<kRowGate, kThreads>(warp < own.row_warps);
     if (warp < own.row_warps) {
       const Summand<B> row(own.rows);
+      float residual = 0.0F;
       float norm = 0.0F;
       if (row.mine && b.lives(row.seq)) {
-        const float* record = reinterpret_cast<const float*>(small) + p.record_rows + row.row;
+        const float* record = reinterpret_cast<const float*>(small()) + p.record_rows + row.row;
         residual = fmaf(summed(b.s.shares[kOut]), scaled_v ? 1.0F : b.s.v_scale[row.seq],
-                        residual + record[kOutBias * p.most_rows]);
+                        b.s.residual[thread()] + record[kOutBias * p.most_rows]);
+        b.s.residual[thread()] = residual;
         norm = record[kNextNorm * p.most_rows];
       }
       publish_residual(b, row, residual, norm, parity ^ 1);
@@ -808,7 +908,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
   for (int first = 0; first < own.words; first += kHeadRows) {
     const int here = min(kHeadRows, own.words - first);
     float* shares = b.s.shares[first / kHeadRows % 2];
-    multiply(b, ring, here, p.d_model, shares);
+    multiply<kModelSpans>(b, ring, here, p.d_model, shares);
     consumers_sync();
     const Summand<B> word(here);
     if (word.mine && b.lives(word.seq)) {
@@ -1001,20 +1101,24 @@ bool lay_out(StepParams& p) {
   at.ring = at.small + 2 * at.small_bytes;
   at.ring_bytes = (shared_limit - at.ring) / 128 * 128;
   const int state = kState * (p.state_type == DType::f32 ? 4 : 2);
-  const int piece = std::max(kPieceRows * piece_pitch(kPieceColumns), p.most_channels * state);
+  // A warp holds 8 rows, while the ring's end may be too short for the next piece.
+  const int widest = 2 * std::max(p.d_model, p.d_inner);
+  at.piece_bytes = kMostPiece;
+  const auto piece = [&] { return std::max(at.piece_bytes, widest); };
+  while (at.piece_bytes > widest && kRows * widest + piece() > at.ring_bytes) at.piece_bytes /= 2;
   // With less than an eighth of a layer in the ring the verbs are faster.
   const int64_t layer = int64_t{2} * p.d_model * (2 * p.most_channels + p.most_sides) +
                         int64_t{2} * p.d_inner * p.most_rows;
-  return p.most_sides <= 64 && p.most_rows <= 64 && at.ring_bytes >= 2 * piece &&
-         int64_t{8} * at.ring_bytes >= layer;
+  return p.most_sides <= 64 && p.most_rows <= kMaxRows &&
+         kRows * widest + piece() <= at.ring_bytes &&
+         2 * p.most_channels * state <= at.ring_bytes && int64_t{8} * at.ring_bytes >= layer;
 }
 
 /// f(std::integral_constant<int, B>) with the least B that takes n_seq sequences.
 template <typename F>
 bool with_batch(int n_seq, F&& f) {
   if (n_seq == 1) return f(std::integral_constant<int, 1>{});
-  if (n_seq == 2) return f(std::integral_constant<int, 2>{});
-  return f(std::integral_constant<int, 4>{});
+  return f(std::integral_constant<int, 2>{});
 }
 
 bool supports(const Mamba2Weights& w, std::span<const std::vector<Tensor>> state,
@@ -1030,9 +1134,9 @@ bool supports(const Mamba2Weights& w, std::span<const std::vector<Tensor>> state
          (batch.n_seq == 1 || D >= kMinWidthOfSeveral) &&
          batch.state_rounding() == Rounding::nearest && (T == DType::bf16 || T == DType::f16) &&
          w.lm_head.dtype == T && state.front()[0].dtype == T && state.front()[1].dim(3) == kState &&
-         l.conv1d.dim(1) == kConv && D % 32 == 0 && E % 32 == 0 && D <= kMaxGather &&
-         E <= kMaxGather && channels <= kMaxChannels && w.n_group <= kMaxGroups &&
-         blocks <= kMaxBlocks && width % 4 == 0 && width >= channels;
+         l.conv1d.dim(1) == kConv && D % kSpan == 0 && E % kSpan == 0 &&
+         D <= kModelSpans * kRound && E <= kInnerSpans * kRound && channels <= kMaxChannels &&
+         w.n_group <= kMaxGroups && blocks <= kMaxBlocks && width % 4 == 0 && width >= channels;
 }
 
 }  // namespace
@@ -1073,7 +1177,8 @@ bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, cons
   p.set = p.squares_at + kMostBatch * p.block_pitch;
   p.group_width = p.d_inner / p.n_group;
   set_inputs(p, weights, logits, ids, batch, state);
-
+  p.residual_late = p.d_model >= kWideModel ? 1200 : 700;
+  p.v_late = p.d_model >= kWideModel ? 1500 : 700;
   std::vector<StepLayer> layers;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const Mamba2Layer& w = weights.layers[i];

@@ -10,11 +10,6 @@ namespace krait::cuda {
 
 constexpr int kRingPieces = 32;  // on their way or in use at once
 
-/// A piece of a matrix: up to 8 rows of up to `columns` of its columns; 16 bytes more than they
-/// take put the rows into different banks.
-constexpr int kPieceRows = 8;
-__host__ __device__ constexpr int piece_pitch(int columns) { return 2 * columns + 16; }
-
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 /// Pieces of any size one after the other in a circle of shared memory; a piece that would cross
@@ -123,23 +118,15 @@ struct RingProducer {
   }
   __device__ void end(int bytes) { ring.advance(ring.place(bytes), bytes); }
 
-  /// n rows of a matrix with n_columns from row `first` on: 8 rows after the other, of each so many
-  /// columns after the other.
-  __device__ void rows(const void* matrix, int64_t first, int n, int n_columns, int piece_columns) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  /// n rows of a matrix with n_columns from row `first` on, so many at once: neighbours in memory,
+  /// which one copy brings.
+  __device__ void rows(const void* matrix, int64_t first, int n, int n_columns, int at_once) {
     const char* from = static_cast<const char*>(matrix) + 2 * first * n_columns;
-    for (int r = 0; r < n; r += kPieceRows) {
-      const int here = min(kPieceRows, n - r);
-      for (int c = 0; c < n_columns; c += piece_columns) {
-        const int row_bytes = 2 * min(piece_columns, n_columns - c);
-        const int bytes = here * (row_bytes + 16);
-        const uint32_t to = begin(bytes, here * row_bytes);
-        if (lane < here) {
-          copy(to + lane * (row_bytes + 16),
-               from + 2 * (static_cast<int64_t>(r + lane) * n_columns + c), row_bytes);
-        }
-        end(bytes);
-      }
+    for (int r = 0; r < n; r += at_once) {
+      const int bytes = min(at_once, n - r) * 2 * n_columns;
+      const uint32_t to = begin(bytes, bytes);
+      if (threadIdx.x % 32 == 0) copy(to, from + 2 * static_cast<int64_t>(r) * n_columns, bytes);
+      end(bytes);
     }
   }
 };
