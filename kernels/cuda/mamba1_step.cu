@@ -826,7 +826,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, Ring& ring, c
       const float decay[2] = {exp2_fast(step * (A.x * kLog2e)), exp2_fast(step * (A.y * kLog2e))};
       const int64_t to =
           (b.slot[seq] * static_cast<int64_t>(p.d_inner) + b.channels.begin) * kState + in;
-      const auto update = [&](auto s) {
+      with_state_type(p.state_type, [&](auto s) {
         using S = decltype(s);
         const auto old = *reinterpret_cast<const Two<S>*>(
             reinterpret_cast<const S*>(piece + n * R * 2 + seq * state_bytes) + in);
@@ -835,14 +835,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, Ring& ring, c
         *reinterpret_cast<Two<S>*>(static_cast<S*>(w.ssm_state) + to) = {from_float<S>(h0),
                                                                          from_float<S>(h1)};
         y = fmaf(of_C.y, h1, of_C.x * h0);
-      };
-      if (p.state_type == DType::f32) {
-        update(float{});
-      } else if (p.state_type == DType::bf16) {
-        update(__nv_bfloat16{});
-      } else {
-        update(__half{});
-      }
+      });
     }
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d /= 2) y += __shfl_xor_sync(0xffffffffU, y, d);
@@ -1293,7 +1286,7 @@ class Narrow {
     state.dt_bias = record[kDtBias * n + c];
     state.z_bias = record[kZBias * n + c];
     state.skip = record[kD * n + c];
-    with_state_type([&](auto type) {
+    with_state_type(b.p.state_type, [&](auto type) {
       using S = decltype(type);
       const auto old = *reinterpret_cast<const Two<S>*>(
           reinterpret_cast<const S*>(piece + n * R * 2) + c * kState + 2 * sub);
@@ -1343,21 +1336,11 @@ class Narrow {
   __device__ __forceinline__ void store(const BeforeUpdate& state, const StepLayer& w) const {
     const int64_t at =
         (b.slot[0] * static_cast<int64_t>(b.p.d_inner) + b.channels.begin + c) * kState + 2 * sub;
-    with_state_type([&](auto type) {
+    with_state_type(b.p.state_type, [&](auto type) {
       using S = decltype(type);
       *reinterpret_cast<Two<S>*>(static_cast<S*>(w.ssm_state) + at) = {from_float<S>(state.h[0]),
                                                                        from_float<S>(state.h[1])};
     });
-  }
-  template <typename F>
-  __device__ __forceinline__ void with_state_type(F&& f) const {
-    if (b.p.state_type == DType::f32) {
-      f(float{});
-    } else if (b.p.state_type == DType::bf16) {
-      f(__nv_bfloat16{});
-    } else {
-      f(__half{});
-    }
   }
 };
 

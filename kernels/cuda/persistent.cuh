@@ -48,6 +48,18 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
 
 #endif
 
+/// Calls f(S{}) with the type of a state: float, __nv_bfloat16 or __half.
+template <typename F>
+__device__ __forceinline__ void with_state_type(DType state, F&& f) {
+  if (state == DType::f32) {
+    f(float{});
+  } else if (state == DType::bf16) {
+    f(__nv_bfloat16{});
+  } else {
+    f(__half{});
+  }
+}
+
 /// to[c, r] = from[r, c], rows of `to_pitch`
 template <typename T>
 __global__ void transpose_kernel(T* to, const T* from, int64_t n_rows, int64_t n_columns,

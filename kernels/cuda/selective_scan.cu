@@ -207,6 +207,23 @@ struct Layout {
   }
 };
 
+/// x, dt and z in the order in which a unit keeps them, each with its elements from row to row.
+template <typename T>
+struct ChannelInput {
+  const T* of;
+  int64_t stride;
+};
+template <typename T>
+__device__ __forceinline__ ChannelInput<T> channel_input(const ScanPointers<T>& p,
+                                                         const ScanShape& shape, int array) {
+  return {array == 0   ? p.x
+          : array == 1 ? p.dt
+                       : p.z,
+          array == 0   ? shape.x
+          : array == 1 ? shape.dt
+                       : shape.z};
+}
+
 /// Copies of a warp's units on their way to shared memory, a lane's pieces of them.
 template <typename T>
 class RawUnits {
@@ -221,8 +238,7 @@ class RawUnits {
       const int at = min(i * 32 + lane, kPieces - 1);
       const int array = at / (kTokens * kOfRow);
       token_[i] = at / kOfRow % kTokens;
-      const T* of = array == 0 ? p.x : array == 1 ? p.dt : p.z;
-      const int64_t stride = array == 0 ? shape.x : array == 1 ? shape.dt : shape.z;
+      const auto [of, stride] = channel_input(p, shape, array);
       from_[i] = reinterpret_cast<const char*>(of + (row + token_[i]) * stride + e0) +
                  at % kOfRow * kPiece;
       step_[i] = static_cast<int>(step * stride);
@@ -282,8 +298,7 @@ __device__ __forceinline__ void load_channels(char* to, const ScanPointers<T>& p
     const int array = at / kArray;
     const int t = at / kChannels % kTokens;
     const int e = e0 + at % kChannels;
-    const T* of = array == 0 ? p.x : array == 1 ? p.dt : p.z;
-    const int64_t stride = array == 0 ? shape.x : array == 1 ? shape.dt : shape.z;
+    const auto [of, stride] = channel_input(p, shape, array);
     const bool there = t < left && e < shape.d_inner;
     reinterpret_cast<T*>(to)[at] = there ? of[(row + t) * stride + e] : T(0.0F);
   }
