@@ -624,9 +624,33 @@ __device__ __forceinline__ float channel_sum(const float* shares, int channel, i
   return t;
 }
 
-/// x, the state and y of the own channels of a sequence. A warp has up to four channels, warp + 16
-/// u, and lanes 8 u to 8 u + 7 what belongs to one; for the state all lanes share a channel, 4
-/// states each.
+/// The channel among a block's own that a lane stands for: warp w has up to four of them, w + 16 u,
+/// and lanes 8 u to 8 u + 7 what belongs to one.
+struct OwnChannel {
+  int channel;         // of the own ones; where there is none, the last
+  bool exists, first;  // first: of the lanes that share it
+  const float* params;
+  int pitch;
+
+  template <typename T, int B>
+  __device__ __forceinline__ OwnChannel(const Block<T, B>& b, const char* small)
+      : params(reinterpret_cast<const float*>(small)), pitch(b.p.most_channels) {
+    const int t = thread();
+    const int at = t / 32 + kWarps * (t % 32 / 8);
+    exists = at < b.s.own.channels;
+    first = exists && t % 8 == 0;
+    channel = min(at, b.s.own.channels - 1);
+  }
+  [[nodiscard]] __device__ __forceinline__ float param(int which) const {
+    return params[which * pitch + channel];
+  }
+  [[nodiscard]] __device__ __forceinline__ const float* taps() const {
+    return params + channel * kConv;
+  }
+};
+
+/// x, the state and y of the own channels of a sequence. For the state all lanes of a warp share a
+/// channel, 4 states each.
 template <typename T, int B, typename S>
 __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLayer& w,
                                              const char* small, const S* piece, int seq,
@@ -635,16 +659,15 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
   const int lane = thread() % 32;
   const int warp = thread() / 32;
   const int n = b.s.own.channels;
-  const int c = warp + kWarps * (lane / 8);
-  const int channel = min(c, n - 1);
-  const float* record = reinterpret_cast<const float*>(small);
-  const auto param = [&](int which) { return record[which * p.most_channels + channel]; };
+  const OwnChannel mine(b, small);
+  const int channel = mine.channel;
   const float dt = b.s.dt[seq][channel];
-  const float decay = exp2_fast(dt * param(kA));
+  const float decay = exp2_fast(dt * mine.param(kA));
   const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
                   seq * (kConv - 1) * p.window_pitch + b.s.own.first_channel % 8 + channel;
-  const Convolved<T> conv(record + channel * kConv, param(kConvBias), past, p.window_pitch,
-                          fmaf(channel_sum<B>(b.s.shares[kX], channel, seq), left, param(kXBias)));
+  const Convolved<T> conv(
+      mine.taps(), mine.param(kConvBias), past, p.window_pitch,
+      fmaf(channel_sum<B>(b.s.shares[kX], channel, seq), left, mine.param(kXBias)));
   const float x = silu(conv.sum);
   const float dx = dt * x;
 
@@ -673,7 +696,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
       if (warp + u * kWarps < n) store_states(state + own * kState, next);
     }
   }
-  if (c < n && lane % 8 < kConv - 1) {
+  if (mine.exists && lane % 8 < kConv - 1) {
     const int j = lane % 8;
     *remembered(b, w, seq, j, b.s.own.first_channel + channel) = j == 0   ? conv.next[0]
                                                                  : j == 1 ? conv.next[1]
@@ -688,7 +711,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
       (odd ? odd_sum : even_sum) + __shfl_xor_sync(0xffffffffU, odd ? even_sum : odd_sum, 8);
 #pragma unroll
   for (int d = 4; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
-  if (c < n && lane % 8 == 0) b.s.y[seq][c] = fmaf(param(kD), x, sum);
+  if (mine.first) b.s.y[seq][channel] = fmaf(mine.param(kD), x, sum);
 }
 
 /// v = y silu(z) of the own channels of a sequence, and its squares.
@@ -698,22 +721,18 @@ __device__ __forceinline__ void publish_v(const Block<T, B>& b, const char* smal
   const StepParams& p = b.p;
   const int lane = thread() % 32;
   const int warp = thread() / 32;
-  const int n = b.s.own.channels;
-  const int c = warp + kWarps * (lane / 8);
-  const int channel = min(c, n - 1);
-  const float* record = reinterpret_cast<const float*>(small);
-  const auto param = [&](int which) { return record[which * p.most_channels + channel]; };
-  const float z = fmaf(channel_sum<B>(b.s.shares[kZ], channel, seq), left, param(kZBias));
+  const OwnChannel mine(b, small);
+  const int channel = mine.channel;
+  const float z = fmaf(channel_sum<B>(b.s.shares[kZ], channel, seq), left, mine.param(kZBias));
   const float v = b.s.y[seq][channel] * silu(z);
-  const bool owner = c < n && lane % 8 == 0;
-  if (owner) {
-    publish(b.s.set + static_cast<int64_t>(seq) * p.d_inner + b.s.own.first_channel + c,
-            v * param(kGatedNorm), parity);
+  if (mine.first) {
+    publish(b.s.set + static_cast<int64_t>(seq) * p.d_inner + b.s.own.first_channel + channel,
+            v * mine.param(kGatedNorm), parity);
   }
-  const float square = owner ? v * v : 0.0F;
+  const float square = mine.first ? v * v : 0.0F;
 #pragma unroll 1
   for (int side = 0; side < (p.n_group > 1 ? 2 : 1); ++side) {
-    float s = (c >= b.s.own.next_group) == (side == 1) ? square : 0.0F;
+    float s = (channel >= b.s.own.next_group) == (side == 1) ? square : 0.0F;
     s += __shfl_xor_sync(0xffffffffU, s, 8);
     s += __shfl_xor_sync(0xffffffffU, s, 16);
     if (lane == 0) b.s.squares[seq][side][warp] = s;
@@ -845,18 +864,11 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       for (int seq = 0; seq < B; ++seq) {
         if (!b.lives(seq)) continue;
         const char* piece = ring.wait(bytes);
-        const auto update = [&](auto s) {
+        with_state_type(p.state_type, [&](auto s) {
           using S = decltype(s);
           update_state(b, b.layers[l], small(), reinterpret_cast<const S*>(piece), seq,
                        left_of(b, seq));
-        };
-        if (p.state_type == DType::f32) {
-          update(float{});
-        } else if (p.state_type == DType::bf16) {
-          update(__nv_bfloat16{});
-        } else {
-          update(__half{});
-        }
+        });
         ring.release(bytes);
       }
     }
