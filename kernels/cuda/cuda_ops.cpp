@@ -65,6 +65,8 @@ constexpr size_t kMostSteps = 128;
 /// A capture pays when the step comes some times more: H100, prefill of 130m: it takes 2 ms and
 /// spares 0.25 to 0.4 ms each time.
 constexpr int kRunsToCapture = 5;
+/// A step whose products still try algorithms isn't captured, but for so many runs at most.
+constexpr int kRunsToChoose = 8;
 
 /// cudaDevAttrMaxPitch of all devices so far.
 constexpr size_t kMaxPitch = 0x7fffffff;
@@ -311,12 +313,18 @@ class CudaOps final : public Ops {
   }
 
   /// The first time a step runs as it is (libraries set themselves up). It is captured the second
-  /// time if nothing else came between, else when it has come so often that a capture may pay.
+  /// time if nothing else came between, else when it has come so often that a capture may pay;
+  /// later if its products still try algorithms.
   void replay(uint64_t key, const std::function<void()>& step) override {
     const bool again = std::exchange(last_key_, key) == key;
     Step& s = remembered(key);
     if (s.graph == nullptr) {
-      if (++s.runs < kRunsToCapture && !again) return run_step(step);
+      if ((++s.runs < kRunsToCapture && !again) || (s.choosing && s.runs < kRunsToChoose)) {
+        const uint64_t n_open = gemm_->n_open();
+        run_step(step);
+        s.choosing = gemm_->n_open() > n_open;
+        return;
+      }
       cudaGraph_t graph = nullptr;
       KRAIT_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
       read_early_.emplace();
@@ -366,6 +374,7 @@ class CudaOps final : public Ops {
   struct Step {
     cudaGraphExec_t graph = nullptr;
     int runs = 0;           ///< before it was captured
+    bool choosing = false;  ///< products of the last of them were open
     uint64_t last_use = 0;  ///< in calls of replay
   };
 

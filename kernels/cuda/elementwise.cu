@@ -1,6 +1,7 @@
-// elementwise.cu - embed, gather_rows, convert, add_bias: copies with an index or a change of type.
+// elementwise.cu - embed, gather_rows, convert, add_bias: copies with an index or a change of type;
+// and count_differences.
 //
-// Launch   one block per row (embed, gather, bias), a grid-stride loop (convert)
+// Launch   one block per row (embed, gather, bias), a grid-stride loop (convert, count)
 // Bytes    every element read once and written once: bandwidth-bound
 // Same as  kernels/cpu; tests/ops
 #include "kernels/cuda/device.cuh"
@@ -50,6 +51,17 @@ __global__ void add_bias_kernel(T* out, const float* bias, int64_t n, int64_t st
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     row[i] = from_float<T>(to_float(row[i]) + bias[i]);
   }
+}
+
+__global__ void count_differences_kernel(uint32_t* count, const uint32_t* a, const uint32_t* b,
+                                         size_t n) {
+  after_previous();
+  uint32_t found = 0;
+  for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    found += a[i] != b[i] ? 1 : 0;
+  }
+  if (found > 0) atomicAdd(count, found);
 }
 
 }  // namespace
@@ -104,6 +116,12 @@ void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream) {
     launch("add_bias", add_bias_kernel<T>, static_cast<unsigned>(out.dim(0)), 256, 0, stream,
            out.as<T>(), bias.as<float>(), out.dim(1), out.row_stride);
   });
+}
+
+void count_differences(uint32_t* count, const void* a, const void* b, size_t bytes,
+                       cudaStream_t stream) {
+  launch("count_differences", count_differences_kernel, 1024U, 256, 0, stream, count,
+         static_cast<const uint32_t*>(a), static_cast<const uint32_t*>(b), bytes / 4);
 }
 
 }  // namespace krait::cuda

@@ -28,6 +28,9 @@ void gemv(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bi
 [[nodiscard]] bool skinny_gemm(const Tensor& out, const Tensor& in, const Tensor& W,
                                const Tensor& bias, bool accumulate, int most_blocks,
                                cudaStream_t stream);
+/// *count += the words of 4 bytes in which a and b differ; a rest of `bytes` is not looked at.
+void count_differences(uint32_t* count, const void* a, const void* b, size_t bytes,
+                       cudaStream_t stream);
 /// out += bias, row by row.
 void add_bias(const Tensor& out, const Tensor& bias, cudaStream_t stream);
 

@@ -2,6 +2,9 @@
 // GCC 12 at -O3 takes the dimensions of a Shape, which are always set, for uninitialised.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include <array>
+#include <cstddef>
+
 #include "ops/ops_test_util.h"
 
 namespace krait::test {
@@ -179,6 +182,56 @@ TEST(LinearGpu, RowsDoNotDependOnTheirNeighbours) {
                               rows(whole, row, row + 1, n_out)))
             << dtype_name(t) << ", " << n << " rows, " << n_out << " outputs";
       }
+    }
+  }
+}
+
+// A backend may try, in the course of the work, which way to a large product is the fastest. No
+// result may show it.
+TEST(LinearGpu, EveryUseOfALargeProductGivesTheSameBits) {
+  constexpr int kUses = 28;  // of each of two operands: trials come to an end before
+  const std::vector<LinearCase> cases{
+      {.name = "odd", .n = 2051, .n_in = 2400, .n_out = 515},
+      {.name = "odd", .n = 2051, .n_in = 2400, .n_out = 515, .weights = DType::bf16},
+      {.name = "wide", .n = 2048, .n_in = 768, .n_out = 1608, .weights = DType::bf16},
+      {.name = "strided",
+       .n = 2056,
+       .n_in = 2504,
+       .n_out = 520,
+       .weights = DType::f16,
+       .strided = true},
+  };
+  for (const LinearCase& c : cases) {
+    Device d(Backend::gpu);
+    const DType T = d.op.activation_dtype(c.weights);
+    const int64_t gap = c.strided ? 8 : 0;
+    const Shape shape{c.n, c.n_out + 2 * gap};
+    Random r(23);
+    std::array<Tensor, 2> in;
+    std::array<Tensor, 2> W;
+    for (size_t i = 0; i < 2; ++i) {
+      in[i] = d.view(r.uniform(c.n * c.n_in, -1, 1), {c.n, c.n_in}, T, gap, gap);
+      W[i] = d.tensor(r.uniform(c.n_out * c.n_in, -1, 1), {c.n_out, c.n_in}, c.weights);
+    }
+    const Values before = r.uniform(shape.numel(), -1, 1);
+    for (const bool add : {false, true}) {
+      const DType type = add ? DType::f32 : T;
+      const Tensor from = d.tensor(before, shape, type);
+      const Tensor out = d.filled(0, shape, type);
+      const auto use = [&](size_t i) {
+        d.op.copy(out.data, from.data, out.bytes());
+        const Tensor to = out.columns(gap, c.n_out);
+        add ? d.op.linear_add(to, in[i], W[i], {}) : d.op.linear(to, in[i], W[i], {});
+        std::vector<std::byte> bits(out.bytes());
+        d.op.download(bits.data(), out.data, bits.size());
+        return bits;
+      };
+      const std::array first{use(0), use(1)};
+      int n_different = 0;
+      for (int i = 0; i < kUses; ++i) {
+        for (const size_t k : {size_t{0}, size_t{1}}) n_different += use(k) == first[k] ? 0 : 1;
+      }
+      EXPECT_EQ(n_different, 0) << c.name << " " << dtype_name(c.weights) << (add ? ", added" : "");
     }
   }
 }
