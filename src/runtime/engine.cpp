@@ -188,8 +188,8 @@ uint64_t next_engine_id() {
 int64_t default_prefill_chunk(const ModelConfig& config, const Ops& op, DType weights) {
   if (op.backend() == "cpu") return 512;
   constexpr int64_t kLeast = 4096;
-  constexpr int64_t kMost = 16384;
-  constexpr int64_t kActivationBytes = int64_t{512} << 20;
+  constexpr int64_t kMost = 32768;
+  constexpr int64_t kActivationBytes = int64_t{1} << 30;
   const DType T = op.activation_dtype(weights);
   int64_t token_bytes = config.d_model * static_cast<int64_t>(sizeof(float));  // the residual's
   for (const TensorSpec& a : family_named(config.family).activations(config, T)) {

@@ -56,8 +56,9 @@ struct EngineMemory {
                                        const EngineOptions& options);
 
 /// The prefill chunk that an engine takes when none is asked for, with weights of type `weights`.
-/// On a GPU large chunks fill the device better: as many tokens as half a gigabyte of activations
-/// holds, between 4,096 and 16,384.
+/// On a GPU large chunks fill the device better: as many tokens as a gigabyte of activations holds,
+/// between 4,096 and 32,768. H100, twice the tokens of half a gigabyte: 130m 2.2%, 370m 1.4%, 1.4b
+/// 1.6%, mamba2-2.7b 1.1%, 2.8b 0.4% faster at 32,768.
 [[nodiscard]] int64_t default_prefill_chunk(const ModelConfig& config, const Ops& op,
                                             DType weights);
 
