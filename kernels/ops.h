@@ -39,6 +39,8 @@ struct Batch {
       0;             ///< longest sequence of the step; 1 means that every sequence brings one token
   Tensor seq_start;  ///< i32 [n_seq + 1]
   Tensor slot;       ///< i32 [n_seq]
+  /// i64 [n_seq]: tokens fed to the sequence before this step. Only the convolution asks.
+  Tensor position;
   /// Of an ssm state in 16 bits, where every sequence brings one token. After longer ones it is
   /// rounded to nearest, once.
   Rounding rounding = Rounding::nearest;
@@ -121,9 +123,10 @@ struct SampleState {
   Tensor counts;   ///< i32 [n_slot, vocab]: occurrences in the window (min(repeat_last_n, window));
                    ///< null: no penalties
   Tensor bias_id;  ///< i32 [n_slot, max_bias]: biased tokens, -1 = unused; null: none
-  Tensor bias_value;   ///< f32 [n_slot, max_bias]; -inf forbids a token
-  Tensor row_id = {};  ///< i32 [n_seq], not by slot: gets the tokens too, 0 in a padding row; null:
-                       ///< not wanted
+  Tensor bias_value;  ///< f32 [n_slot, max_bias]; -inf forbids a token
+  /// Not by slot but by row, for the step that follows; null: not wanted.
+  Tensor row_id = {};        ///< i32 [n_seq]: gets the tokens too, 0 in a padding row
+  Tensor row_position = {};  ///< i64 [n_seq]: sample() adds one, in a padding row too
 };
 
 struct DeviceInfo {
@@ -214,10 +217,12 @@ class Ops {
 
   /// Causal depthwise convolution over time, then SiLU:
   ///   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (d_conv-1) + j, e])
-  /// where u continues, before the first row of a sequence, in conv_state[slot] (oldest first;
-  /// zeros at the start of a text). Afterwards conv_state[slot] holds the last d_conv-1 inputs. out
-  /// T [n_tok, d_inner], u T [n_tok, d_inner] view, weight f32 [d_inner, d_conv], bias f32
-  /// [d_inner] or null, conv_state T [n_slot, d_conv-1, d_inner]. out and u do not overlap.
+  /// where u continues, before the first row of a sequence, in conv_state[slot], which has the last
+  /// d_conv-1 inputs (zeros at the start of a text), and afterwards has those that are the last
+  /// then. It is a ring: the input at position p of a text lies in row p mod (d_conv-1), so that a
+  /// step of one token writes one row. out T [n_tok, d_inner], u T [n_tok, d_inner] view, weight
+  /// f32 [d_inner, d_conv], bias f32 [d_inner] or null, conv_state T [n_slot, d_conv-1, d_inner].
+  /// out and u do not overlap.
   virtual void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight,
                            const Tensor& bias, const Tensor& conv_state, const Batch& batch) = 0;
 

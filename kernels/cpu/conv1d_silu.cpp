@@ -3,9 +3,10 @@
 //   out[t, e] = silu(bias[e] + sum_j weight[e, j] * u[t - (d_conv-1) + j, e])
 //
 // Vectors lie across channels; a range of channels belongs to one thread, which walks all sequences
-// and then shifts their state. The weights of a block of channels are transposed once.
+// and then puts their last inputs into their state. The weights of a block of channels are
+// transposed once.
 //
-// Bytes   n_tok * d_inner * 8, and 8 * (d_conv-1) * d_inner for each sequence
+// Bytes   n_tok * d_inner * 8, and 4 to 8 * (d_conv-1) * d_inner for each sequence
 // Same as PlainOps::conv1d_silu (plain.cpp); tests/ops/conv1d_test.cpp
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/conv1d_silu.cpp"
@@ -42,14 +43,16 @@ void convolve(const Tensor& out, const Tensor& u, const Tensor& weight, const Te
     if (slot < 0) continue;
     const int64_t begin = batch.seq_start.as<int32_t>()[s];
     const int64_t len = batch.seq_start.as<int32_t>()[s + 1] - begin;
+    const int64_t position = batch.position.as<int64_t>()[s];
     float* state = conv_state.as<float>() + slot * (d_conv - 1) * d_inner + e;
     const float* input = u.as<float>() + begin * u.row_stride + e;
     float* output = out.as<float>() + begin * d_inner + e;
 
-    // Input t of the sequence; t = -1 is the newest of the state, t = -(d_conv-1) the oldest.
-    const auto row = [&](int64_t t) {
-      return t >= 0 ? input + t * u.row_stride : state + (t + d_conv - 1) * d_inner;
+    // Where the state has input t of the sequence: t = -1 is the newest before this step.
+    const auto kept = [&](int64_t t) {
+      return state + (position + t + d_conv - 1) % (d_conv - 1) * d_inner;
     };
+    const auto row = [&](int64_t t) { return t >= 0 ? input + t * u.row_stride : kept(t); };
     const float* rows[kMaxTaps];
     for (int64_t t = 0; t < len; ++t) {
       for (int64_t j = 0; j < d_conv; ++j) rows[j] = row(t - (d_conv - 1) + j);
@@ -62,10 +65,8 @@ void convolve(const Tensor& out, const Tensor& u, const Tensor& weight, const Te
         store_n(silu(sum), output + t * d_inner + c, m);
       }
     }
-    // Upwards, because a short step moves what is left of the old state towards its beginning.
-    for (int64_t j = 0; j < d_conv - 1 && len > 0; ++j) {
-      std::memcpy(state + j * d_inner, row(len - (d_conv - 1) + j),
-                  static_cast<size_t>(width) * sizeof(float));
+    for (int64_t t = std::max<int64_t>(len - (d_conv - 1), 0); t < len; ++t) {
+      std::memcpy(kept(t), row(t), static_cast<size_t>(width) * sizeof(float));
     }
   }
 }

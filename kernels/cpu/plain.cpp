@@ -106,11 +106,15 @@ void PlainOps::conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& wei
     if (slot < 0) continue;
     const int64_t begin = batch.seq_start.as<int32_t>()[s];
     const int64_t len = batch.seq_start.as<int32_t>()[s + 1] - begin;
+    const int64_t position = batch.position.as<int64_t>()[s];
     float* state = conv_state.as<float>() + slot * (d_conv - 1) * d_inner;
 
-    // Input t of the sequence; t = -1 is the newest of the state, t = -(d_conv-1) the oldest.
+    // Where the state has input t of the sequence: t = -1 is the newest before this step.
+    const auto kept = [&](int64_t t) {
+      return state + (position + t + d_conv - 1) % (d_conv - 1) * d_inner;
+    };
     const auto input = [&](int64_t t, int64_t e) {
-      return t >= 0 ? at(u, begin + t, e) : state[(t + d_conv - 1) * d_inner + e];
+      return t >= 0 ? at(u, begin + t, e) : kept(t)[e];
     };
     for (int64_t t = 0; t < len; ++t) {
       for (int64_t e = 0; e < d_inner; ++e) {
@@ -121,11 +125,8 @@ void PlainOps::conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& wei
         at(out, begin + t, e) = silu(sum);
       }
     }
-    // Upwards, because a short step moves what is left of the old state towards its beginning.
-    for (int64_t j = 0; j < d_conv - 1; ++j) {
-      for (int64_t e = 0; e < d_inner; ++e) {
-        state[j * d_inner + e] = input(len - (d_conv - 1) + j, e);
-      }
+    for (int64_t t = std::max<int64_t>(len - (d_conv - 1), 0); t < len; ++t) {
+      for (int64_t e = 0; e < d_inner; ++e) kept(t)[e] = input(t, e);
     }
   }
 }

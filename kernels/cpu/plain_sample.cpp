@@ -124,6 +124,7 @@ void PlainOps::sample(const Tensor& logits, int64_t vocab, const SampleState& st
   for (int64_t s = 0; s < n_seq; ++s) {
     const int32_t at = slot.as<int32_t>()[s];
     if (state.row_id) state.row_id.as<int32_t>()[s] = 0;
+    if (state.row_position) ++state.row_position.as<int64_t>()[s];
     if (at < 0) continue;
     SampleParams params;
     std::memcpy(&params, state.params.rows(at, 1).data, sizeof(params));

@@ -75,6 +75,7 @@ void check_conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight,
   if (bias) check_tensor(kVerb, "bias", bias, {d_inner}, kF32);
   check_dense(kVerb, "conv_state", conv_state, {dim(conv_state, 0), d_conv - 1, d_inner}, kF32);
   check_batch(kVerb, batch);
+  check_tensor(kVerb, "position", batch.position, {batch.n_seq}, {DType::i64});
 }
 
 void check_selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_state,
@@ -146,6 +147,9 @@ void check_sample(const Tensor& logits, int64_t vocab, const SampleState& state,
   check_tensor(kVerb, "position", state.position, {n_slot}, {DType::i64});
   check_tensor(kVerb, "next_id", state.next_id, {n_slot}, kI32);
   if (state.row_id) check_tensor(kVerb, "row_id", state.row_id, {n_seq}, kI32);
+  if (state.row_position) {
+    check_tensor(kVerb, "row_position", state.row_position, {n_seq}, {DType::i64});
+  }
   if (state.counts) {
     check_dense(kVerb, "counts", state.counts, {n_slot, vocab}, kI32);
     check_dense(kVerb, "seen", state.seen, {n_slot, dim(state.seen, 1)}, kI32);

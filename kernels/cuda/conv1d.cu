@@ -7,19 +7,24 @@
 // Launch   prompts: grid (128 channels, stretches of the longest sequence, n_seq), 4 warps, one
 //          stretch each; a thread walks 4 neighbouring channels through 8 to 64 tokens with the
 //          last K inputs in registers and the next 8 on their way. One token a sequence: grid
-//          (channels, groups of sequences), a thread has 2 channels of 4 sequences. A layout
-//          without accesses of 4 elements: a thread a channel
-// Bytes    2 * n_tok * d_inner * sizeof(T) and the state; the K-1 inputs before a tile come from L2
-// Measured H100 80GB HBM3, bf16 (tools/bench_ops). Decode, 5,120 channels: 2.1 us for 64 sequences,
-//          7.2 for 256, 30.2 for 1,024; 4 channels of 2 sequences a thread took 2.5, 10.0 and 32.3,
-//          of 4 sequences 2.1, 7.0 and 29.9. A ring for the state would write one value a channel
-//          for K-1: 63 MB for 84 at 1,024. 2,048 tokens of one sequence, 5,120 channels, 1 to 6
+//          (512 channels, groups of up to 16 sequences), as many blocks as run at once; a thread
+//          has 4 channels of 2 sequences at a time. A layout without accesses of 4 elements, or up
+//          to 7 sequences: a thread a channel
+// Bytes    2 * n_tok * d_inner * sizeof(T) and the state, of which one token reads K - 1 rows and
+//          writes one; the K-1 inputs before a tile come from L2
+// Measured H100 80GB HBM3, bf16 (tools/bench_ops). Decode, 5,120 channels: 1.7 us for 64 sequences,
+//          6.1 for 256, 23.3 for 1,024 (63 MB); before the state was a ring (84 MB) 2.0, 7.2 and
+//          30.2. 4 channels of 4 sequences at a time: 1.9, 6.6 and 22.9; of one: 2.0, 7.0 and 24.7;
+//          2 channels of 2: 1.7, 7.1 and 25.7; 8 of one: 3.2, 8.4 and 28.0. Each thread finding the
+//          places of 4 sequences by itself: 3.6, 8.4 and 32.0. The weights before the wait for the
+//          kernel before: 2.0, 5.8 and 23.2. 2,048 tokens of one sequence, 5,120 channels, 1 to 6
 //          chunks a thread: 25.5, 21.1, 19.1, 20.9, 16.0, 17.3 us; 1,536 channels: 7.1, 6.2, 5.5,
 //          10.2, 10.7, 7.7
 // Same as  kernels/cpu; tests/ops
 #include <algorithm>
 #include <limits>
 
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/verbs.h"
 
@@ -27,21 +32,24 @@ namespace krait::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 8;  // tokens of a thread of the plain form
+constexpr int kTile = 8;       // tokens of a thread of the plain form
+constexpr int kMostEach = 16;  // sequences of a block where each has one token
 
-/// V neighbouring channels of one row.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Lane {
-  T v[V];
-};
+/// So many bytes of neighbouring channels of one row. What is moved, too, stays whole: the compiler
+/// stores the elements of a struct one by one.
+template <size_t kBytes>
+using Lane = std::conditional_t<
+    kBytes == 2, unsigned short,
+    std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 8, uint2, uint4>>>;
 
 /// Prompts in a layout without accesses of 4 elements: a thread walks one channel through kTile
 /// tokens, all of them loaded before the first is used.
 template <typename T, int K>
 __global__ void __launch_bounds__(kThreads)
     conv1d_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
-                  const int32_t* seq_start, const int32_t* slots, int64_t d_inner,
-                  int64_t out_stride, int64_t u_stride) {
+                  const int32_t* seq_start, const int32_t* slots, const int64_t* positions,
+                  int64_t d_inner, int64_t out_stride, int64_t u_stride) {
+  static_assert(kTile >= K - 1);  // only the first tile reaches back to the state
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool live = e < d_inner;
   // Parameters: they don't depend on the kernel before this one.
@@ -59,15 +67,16 @@ __global__ void __launch_bounds__(kThreads)
 
   const T* x = u + begin * u_stride + e;
   T* state = conv_state + slot * (K - 1) * d_inner + e;
-  // The input at time t of this sequence; before time 0 it is in the state, oldest first.
-  const auto input = [&](int64_t t) {
-    return *(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
-  };
-
+  const int oldest = conv_row<K>(positions[seq]);
   T tile[K - 1 + kTile];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
 #pragma unroll
-  for (int i = 0; i < K - 1 + kTile; ++i) {
-    if (t0 + i - (K - 1) < len) tile[i] = input(t0 + i - (K - 1));
+  for (int i = 0; i < K - 1; ++i) {
+    tile[i] =
+        *(t0 == 0 ? state + conv_row<K>(oldest + i) * d_inner : x + (t0 + i - (K - 1)) * u_stride);
+  }
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    if (t0 + i < len) tile[K - 1 + i] = x[(t0 + i) * u_stride];
   }
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
@@ -81,79 +90,109 @@ __global__ void __launch_bounds__(kThreads)
   // The first tile alone touches the state: it has read what it needs of the old one, so nobody
   // races.
   if (t0 == 0) {
-    T last[K - 1];
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) state[j * d_inner] = last[j];
+    for (int64_t t = max(len - (K - 1), int64_t{0}); t < len; ++t) {
+      state[conv_row<K>(oldest + t) * d_inner] = x[t * u_stride];
+    }
   }
 }
 
-/// One token of each sequence. A thread has V neighbouring channels of kSeqs sequences: all their
-/// inputs are on the way at once, and the weights are read once for all of them. seq_start null:
-/// token i is that of sequence i. `early`: the state may be read before the kernels before this one
-/// are done.
-template <typename T, int K, int V, int kSeqs>
+/// One token of each sequence. A block has some channels of n_each sequences, one after the other,
+/// and a thread V neighbouring ones, of kTogether sequences at once: all their inputs are on the
+/// way together. seq_start null: token i is that of sequence i. `early`: what the step does not
+/// write and the state may be read before the kernels before this one are done.
+template <typename T, int K, int V, int kTogether>
 __global__ void __launch_bounds__(kThreads)
     conv1d_decode_kernel(T* out, const T* u, const float* weight, const float* bias, T* conv_state,
-                         const int32_t* seq_start, const int32_t* slots, int n_seq, int d_inner,
-                         int out_stride, int u_stride, bool early) {
-  using Row = Lane<T, V>;
-  const int e = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * V;
-  if (e >= d_inner) return after_previous();
-  const int first = static_cast<int>(blockIdx.y) * kSeqs;
-  // Which sequences there are, and parameters: they don't depend on the kernel before this one.
-  int32_t slot[kSeqs];  // -1: no such sequence
-  int token[kSeqs];
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    const int seq = first + s;
-    token[s] = seq;
-    slot[s] = seq < n_seq ? slots[seq] : -1;
-    if (seq_start != nullptr && seq < n_seq) {
-      token[s] = seq_start[seq];
-      if (seq_start[seq + 1] == token[s]) slot[s] = -1;
-    }
-  }
+                         const int32_t* seq_start, const int32_t* slots, const int64_t* positions,
+                         int n_seq, int n_each, int d_inner, int64_t out_stride, int64_t u_stride,
+                         bool early) {
+  using Row = Lane<V * sizeof(T)>;
+  static_assert(sizeof(Row) == V * sizeof(T));
+  /// Where a sequence's first channel lies: the inputs, oldest first, K - 1 of them in the state;
+  /// and the result, -1 for a sequence that has none.
+  struct Places {
+    int64_t in[K], out;
+  };
+  __shared__ Places places[kMostEach];
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int e = (static_cast<int>(blockIdx.x) * kThreads + thread) * V;
+  const int first = static_cast<int>(blockIdx.y) * n_each;
+  const int n = min(n_each, n_seq - first);
   if (!early) after_previous();
-
-  T* const states = conv_state + e;
-  const int64_t pitch = static_cast<int64_t>(K - 1) * d_inner;
-  T* state[kSeqs];
-  Row in[kSeqs][K];  // the state, oldest first, and the input
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    state[s] = states + slot[s] * pitch;
-    if (slot[s] < 0) continue;
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j)
-      in[s][j] = *reinterpret_cast<const Row*>(state[s] + j * d_inner);
-  }
-  float w[V * K], b[V];
-#pragma unroll
-  for (int i = 0; i < V * K; ++i) w[i] = weight[static_cast<int64_t>(e) * K + i];
-#pragma unroll
-  for (int c = 0; c < V; ++c) b[c] = bias != nullptr ? bias[e + c] : 0.0F;
-  if (early) after_previous();
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    if (slot[s] < 0) continue;
-    in[s][K - 1] = *reinterpret_cast<const Row*>(u + e + static_cast<int64_t>(token[s]) * u_stride);
-  }
-#pragma unroll
-  for (int s = 0; s < kSeqs; ++s) {
-    if (slot[s] < 0) continue;
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state[s] + j * d_inner) = in[s][j + 1];
-    Row row;
-#pragma unroll
-    for (int c = 0; c < V; ++c) {
-      float sum = b[c];
-#pragma unroll
-      for (int j = 0; j < K; ++j) sum = fmaf(w[c * K + j], to_float(in[s][j].v[c]), sum);
-      row.v[c] = from_float<T>(silu(sum));
+  if (thread < n) {
+    const int seq = first + thread;
+    const int64_t slot = slots[seq];
+    const int oldest = conv_row<K>(positions[seq]);
+    int64_t token = seq;
+    bool live = slot >= 0;
+    if (seq_start != nullptr) {
+      token = seq_start[seq];
+      live = live && seq_start[seq + 1] > token;
     }
-    *reinterpret_cast<Row*>(out + e + static_cast<int64_t>(token[s]) * out_stride) = row;
+    Places& of = places[thread];
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) {
+      of.in[j] = (slot * (K - 1) + conv_row<K>(oldest + j)) * d_inner;
+    }
+    of.in[K - 1] = token * u_stride;
+    of.out = live ? token * out_stride : -1;
+  }
+  alignas(16) float w[V * K] = {};
+  float b[V] = {};
+  if (e < d_inner) {
+    if constexpr (V > 1 && K == 4) {
+#pragma unroll
+      for (int c = 0; c < V; ++c) {
+        *reinterpret_cast<float4*>(w + c * K) = reinterpret_cast<const float4*>(weight)[e + c];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < V * K; ++i) w[i] = weight[static_cast<int64_t>(e) * K + i];
+    }
+#pragma unroll
+    for (int c = 0; c < V; ++c) b[c] = bias != nullptr ? bias[e + c] : 0.0F;
+  }
+  __syncthreads();
+  if (e >= d_inner) {
+    if (early) after_previous();
+    return;
+  }
+  conv_state += e;
+  u += e;
+  out += e;
+#pragma unroll 1
+  for (int s = 0; s < n; s += kTogether) {
+    Row in[kTogether][K];
+    bool live[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      live[i] = s + i < n && places[s + i].out >= 0;
+#pragma unroll
+      for (int j = 0; j < K - 1; ++j) {
+        if (live[i]) in[i][j] = *reinterpret_cast<const Row*>(conv_state + places[s + i].in[j]);
+      }
+    }
+    if (early && s == 0) after_previous();
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (live[i]) in[i][K - 1] = *reinterpret_cast<const Row*>(u + places[s + i].in[K - 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      Row row;
+#pragma unroll
+      for (int c = 0; c < V; ++c) {
+        float sum = b[c];
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+          sum = fmaf(w[c * K + j], to_float(reinterpret_cast<const T*>(&in[i][j])[c]), sum);
+        }
+        reinterpret_cast<T*>(&row)[c] = from_float<T>(silu(sum));
+      }
+      if (!live[i]) continue;
+      *reinterpret_cast<Row*>(conv_state + places[s + i].in[0]) = in[i][K - 1];
+      *reinterpret_cast<Row*>(out + places[s + i].out) = row;
+    }
   }
 }
 
@@ -169,8 +208,8 @@ template <typename T, int K>
 __global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
     conv1d_prefill_kernel(T* __restrict__ out, const T* __restrict__ u, const float* weight,
                           const float* bias, T* conv_state, const int32_t* seq_start,
-                          const int32_t* slots, int64_t d_inner, int64_t out_stride,
-                          int64_t u_stride, int n_chunk) {
+                          const int32_t* slots, const int64_t* positions, int64_t d_inner,
+                          int64_t out_stride, int64_t u_stride, int n_chunk) {
   using Row = Quad<T>;
   static_assert(kRows >= K - 1);  // only the first chunk reaches back to the state
   // Parameters: they don't depend on the kernel before this one. They come in as they lie, and each
@@ -207,18 +246,20 @@ __global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
   if (e >= d_inner || slot < 0 || t0 >= len) return;
   const T* x = u + begin * u_stride + e;
   T* state = conv_state + slot * (K - 1) * d_inner + e;
+  const int oldest = conv_row<K>(positions[seq]);
   const auto at = [](const T* p) { return *reinterpret_cast<const Row*>(p); };
-  // The input at time t of this sequence; before time 0 it is in the state, oldest first.
-  const auto input = [&](int64_t t) {
-    return at(t >= 0 ? x + t * u_stride : state + (K - 1 + t) * d_inner);
-  };
   const bool first = t0 == 0;
+  const T* from = x + t0 * u_stride;
   Row tile[K - 1 + kRows];  // u[t0 - (K-1)], u[t0 - (K-1) + 1], ...
 #pragma unroll
-  for (int i = 0; i < K - 1 + kRows; ++i) {
-    if (t0 + i - (K - 1) < len) tile[i] = input(t0 + i - (K - 1));
+  for (int i = 0; i < K - 1; ++i) {
+    tile[i] =
+        at(first ? state + conv_row<K>(oldest + i) * d_inner : from + (i - (K - 1)) * u_stride);
   }
-  const T* from = x + t0 * u_stride;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (t0 + i < len) tile[K - 1 + i] = at(from + i * u_stride);
+  }
   T* to = out + (begin + t0) * out_stride + e;
   for (int chunk = 0; chunk < n_chunk; ++chunk) {
     const auto left = static_cast<int>(min(len - t0, int64_t{2 * kRows}));
@@ -253,11 +294,17 @@ __global__ void __launch_bounds__(32 * kWarps, K <= 4 ? 4 : 1)
   // The first stretch alone touches the state: it has read what it needs of the old one, so nobody
   // races.
   if (first) {
+    const int64_t rest = len - (K - 1);
     Row last[K - 1];
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) last[j] = input(len - (K - 1) + j);
+    for (int j = 0; j < K - 1; ++j) {
+      if (rest + j >= 0) last[j] = at(x + (rest + j) * u_stride);
+    }
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) *reinterpret_cast<Row*>(state + j * d_inner) = last[j];
+    for (int j = 0; j < K - 1; ++j) {
+      if (rest + j < 0) continue;
+      *reinterpret_cast<Row*>(state + conv_row<K>(oldest + rest + j) * d_inner) = last[j];
+    }
   }
 }
 
@@ -287,29 +334,31 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
     const auto run = [&](auto k) {
       constexpr int K = decltype(k)::value;
       const int64_t d_inner = u.dim(1);
-      constexpr std::integral_constant<int, 1> kOne;
-      constexpr std::integral_constant<int, 2> kTwo;
-      constexpr std::integral_constant<int, 4> kFour;
       const auto quads = [](const Tensor& t) {
         return reinterpret_cast<uintptr_t>(t.data) % sizeof(Quad<T>) == 0 && t.row_stride % 4 == 0;
       };
       const bool by_four = d_inner % 4 == 0 && quads(out) && quads(u) && quads(conv_state);
       // One token per sequence.
       if (batch.max_len == 1) {
-        const auto decode = [&](auto width, auto seqs, auto* kernel) {
-          const dim3 grid(
-              static_cast<unsigned>(ceil_div(d_inner, kThreads * int64_t{decltype(width)::value})),
-              static_cast<unsigned>(ceil_div(batch.n_seq, int64_t{decltype(seqs)::value})));
-          launch("conv1d_silu", kernel, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
-                 weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
+        const auto decode = [&](int width, int together, auto* kernel) {
+          const int64_t columns = ceil_div(d_inner, int64_t{kThreads} * width);
+          // As many blocks as run at once.
+          const int64_t room = int64_t{8} * device_attribute(cudaDevAttrMultiProcessorCount);
+          int64_t n_each = ceil_div(columns * batch.n_seq, room);
+          n_each = std::clamp<int64_t>(ceil_div(n_each, together) * together, 1, kMostEach);
+          launch("conv1d_silu", kernel,
+                 dim3(static_cast<unsigned>(columns),
+                      static_cast<unsigned>(ceil_div(batch.n_seq, n_each))),
+                 kThreads, 0, stream, out.as<T>(), u.as<T>(), weight.as<float>(), bias.as<float>(),
+                 conv_state.as<T>(),
                  batch.n_tok == batch.n_seq ? nullptr : batch.seq_start.as<int32_t>(),
-                 batch.slot.as<int32_t>(), static_cast<int>(batch.n_seq), static_cast<int>(d_inner),
-                 static_cast<int>(out.row_stride), static_cast<int>(u.row_stride), early);
+                 batch.slot.as<int32_t>(), batch.position.as<int64_t>(),
+                 static_cast<int>(batch.n_seq), static_cast<int>(n_each), static_cast<int>(d_inner),
+                 out.row_stride, u.row_stride, early);
         };
-        if (by_four && batch.n_seq >= 8) {
-          return decode(kTwo, kFour, &conv1d_decode_kernel<T, K, 2, 4>);
-        }
-        return decode(kOne, kOne, &conv1d_decode_kernel<T, K, 1, 1>);
+        const bool wide = by_four && batch.n_seq >= 8 && aligned16(weight);
+        return wide ? decode(4, 2, &conv1d_decode_kernel<T, K, 4, 2>)
+                    : decode(1, 1, &conv1d_decode_kernel<T, K, 1, 1>);
       }
       if (by_four) {
         const int64_t columns = ceil_div(d_inner, 32 * kChannels);
@@ -319,8 +368,9 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                         static_cast<unsigned>(batch.n_seq));
         launch("conv1d_silu", &conv1d_prefill_kernel<T, K>, grid, 32 * kWarps, 0, stream,
                out.as<T>(), u.as<T>(), weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
-               batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
-               u.row_stride, static_cast<int>(n_chunk));
+               batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(),
+               batch.position.as<int64_t>(), d_inner, out.row_stride, u.row_stride,
+               static_cast<int>(n_chunk));
         return;
       }
       const dim3 grid(static_cast<unsigned>(ceil_div(d_inner, kThreads)),
@@ -328,8 +378,8 @@ void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const
                       static_cast<unsigned>(batch.n_seq));
       launch("conv1d_silu", &conv1d_kernel<T, K>, grid, kThreads, 0, stream, out.as<T>(), u.as<T>(),
              weight.as<float>(), bias.as<float>(), conv_state.as<T>(),
-             batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), d_inner, out.row_stride,
-             u.row_stride);
+             batch.seq_start.as<int32_t>(), batch.slot.as<int32_t>(), batch.position.as<int64_t>(),
+             d_inner, out.row_stride, u.row_stride);
     };
     switch (weight.dim(1)) {
       case 2:

@@ -75,6 +75,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/block_sums.cuh"
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
@@ -150,6 +151,7 @@ struct StepParams {
   float eps, mixer_eps;
   float mean;  // 1 / d_model
   const int32_t *ids, *slots;
+  const int64_t* positions;
   int n_seq;
   float* logits;
   int64_t logits_stride;
@@ -270,7 +272,7 @@ struct Block {
   float* shares;             // [2][kWarps][kWarpPitch]: of row r and sequence s at r * B + s
   const char* small;         // [2][small_bytes]: record, norm, windows of two layers in turn
   uint32_t small_full, small_empty;
-  const int* slot;  // [B], and the ids of the sequences [B]
+  const int* slot;  // [B], the ids of the sequences [B], the oldest row of conv_state [B]
   unsigned live;    // bit n: there is a sequence n
   unsigned launch;
 };
@@ -334,6 +336,7 @@ __device__ void produce(const Block<T, B>& b, Ring ring) {
   const int64_t first = b.channels.begin;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
   const int slot = lane < B ? b.slot[lane] : -1;
+  const int oldest = lane < B ? b.slot[2 * B + lane] : 0;
   const auto at = [](const void* base, int64_t element) {
     return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
   };
@@ -360,11 +363,9 @@ __device__ void produce(const Block<T, B>& b, Ring ring) {
     }
     if (lines > 0 && slot >= 0) {
       for (int j = 0; j < kConv - 1; ++j) {
-        bulk_copy(
-            small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
-            at(b.layers[l].conv_state, (static_cast<int64_t>(slot) * (kConv - 1) + j) * E + first) -
-                skew,
-            line_bytes, full, out.policy);
+        const int64_t row = static_cast<int64_t>(slot) * (kConv - 1) + conv_row<kConv>(oldest + j);
+        bulk_copy(small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
+                  at(b.layers[l].conv_state, row * E + first) - skew, line_bytes, full, out.policy);
       }
     }
     if (!layer) break;
@@ -703,9 +704,8 @@ __device__ __forceinline__ float summed(const float* shares) {
 /// x = silu(conv(v)) of a channel and a sequence. What can be had before v is, is loaded before.
 template <typename T>
 struct Convolution {
-  T past[kConv];  // and now
-  float4 weight;
-  float sum, bias;
+  T now;
+  float last_weight, sum, bias;
 
   template <int B>
   __device__ void load(const Block<T, B>& b, const char* small, int channel, int seq) {
@@ -714,27 +714,22 @@ struct Convolution {
     const float* record = reinterpret_cast<const float*>(small);
     const T* from = reinterpret_cast<const T*>(small + p.at.windows) +
                     seq * (kConv - 1) * p.window_pitch + b.channels.begin % 8 + channel;
-#pragma unroll
-    for (int i = 0; i < kConv - 1; ++i) past[i] = from[i * p.window_pitch];
-    weight = *reinterpret_cast<const float4*>(record + channel * kConv);
+    const float4 weight = *reinterpret_cast<const float4*>(record + channel * kConv);
+    last_weight = weight.w;
     bias = record[kXBias * n + channel];
-    sum = fmaf(weight.x, to_float(past[0]), record[kConvBias * n + channel]);
-    sum = fmaf(weight.y, to_float(past[1]), sum);
-    sum = fmaf(weight.z, to_float(past[2]), sum);
+    sum = fmaf(weight.x, to_float(from[0]), record[kConvBias * n + channel]);
+    sum = fmaf(weight.y, to_float(from[p.window_pitch]), sum);
+    sum = fmaf(weight.z, to_float(from[2 * p.window_pitch]), sum);
   }
   __device__ T result(float v) {
-    past[3] = from_float<T>(v + bias);
-    return from_float<T>(silu(fmaf(weight.w, to_float(past[3]), sum)));
+    now = from_float<T>(v + bias);
+    return from_float<T>(silu(fmaf(last_weight, to_float(now), sum)));
   }
-  /// What the convolution remembers moves on.
+  /// In the place of the oldest input.
   template <int B>
   __device__ void keep(const Block<T, B>& b, const StepLayer& w, int channel, int seq) const {
-    T* state = static_cast<T*>(w.conv_state) +
-               static_cast<int64_t>(b.slot[seq]) * (kConv - 1) * b.p.d_inner + b.channels.begin +
-               channel;
-    state[0] = past[1];
-    state[b.p.d_inner] = past[2];
-    state[2 * b.p.d_inner] = past[3];
+    const int64_t row = static_cast<int64_t>(b.slot[seq]) * (kConv - 1) + b.slot[2 * B + seq];
+    static_cast<T*>(w.conv_state)[row * b.p.d_inner + b.channels.begin + channel] = now;
   }
 };
 
@@ -1360,6 +1355,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
 #pragma unroll
   for (int i = 0; i < B; ++i) slots[i] = i < p.n_seq ? p.slots[i] : -1;
   const int id = tid < p.n_seq ? p.ids[tid] : 0;
+  const int oldest = tid < p.n_seq ? conv_row<kConv>(p.positions[tid]) : 0;
   if (tid == 0) {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(small_full + 8 * i, 1);
@@ -1394,6 +1390,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     if (tid == i) {
       reinterpret_cast<int*>(shared + p.at.slots)[i] = slots[i];
       reinterpret_cast<int*>(shared + p.at.slots)[B + i] = id;
+      reinterpret_cast<int*>(shared + p.at.slots)[2 * B + i] = oldest;
     }
   }
   const Block<T, B> b{p,
@@ -1483,7 +1480,7 @@ bool lay_out(StepParams& p, int blocks, bool narrow) {
     return here;
   };
   at.held = place(2 * kRingPieces * 4);
-  at.slots = place(2 * B * 4);
+  at.slots = place(3 * B * 4);
   at.table = place(p.n_layer * static_cast<int>(sizeof(StepLayer)));
   at.v_pitch = round_up(std::max({p.d_model, p.d_inner, narrow ? kNarrowModel : 0}), 64) + 32;
   at.v = place(B * at.v_pitch * 2);

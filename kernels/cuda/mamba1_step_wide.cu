@@ -59,6 +59,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/block_sums.cuh"
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba1_step.h"
 #include "kernels/cuda/mma.cuh"
@@ -138,6 +139,7 @@ struct StepParams {
   const float *norm, *norm_f;  // of layer 0, of the head
   float eps, mixer_eps;
   const int32_t *ids, *slots;
+  const int64_t* positions;
   int n_seq;
   float* logits;
   int64_t logits_stride;
@@ -159,7 +161,8 @@ struct Own {
   Run words;               // of the vocabulary
   unsigned live;           // bit n: there is a sequence n
   int slot[kSeqs];
-  char* set;  // of what is exchanged in this step
+  int oldest[kSeqs];  // row of conv_state
+  char* set;          // of what is exchanged in this step
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
@@ -333,6 +336,7 @@ __device__ void produce(const StepParams& p) {
   const int64_t first = own.channels.begin;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
   const int slot = lane < B ? own.slot[lane] : -1;
+  const int oldest = lane < B ? own.oldest[lane] : 0;
   const auto at = [](const void* base, int64_t element) {
     return static_cast<const char*>(base) + element * static_cast<int64_t>(sizeof(T));
   };
@@ -355,10 +359,9 @@ __device__ void produce(const StepParams& p) {
     __syncwarp();
     if (lines > 0 && slot >= 0) {
       for (int j = 0; j < kConv - 1; ++j) {
-        bulk_copy(
-            small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
-            at(w.conv_state, (static_cast<int64_t>(slot) * (kConv - 1) + j) * E + first) - skew,
-            line_bytes, small_full(l), out.policy);
+        const int64_t row = static_cast<int64_t>(slot) * (kConv - 1) + conv_row<kConv>(oldest + j);
+        bulk_copy(small + p.at.windows + (lane * (kConv - 1) + j) * 2 * p.window_pitch,
+                  at(w.conv_state, row * E + first) - skew, line_bytes, small_full(l), out.policy);
       }
     }
     if (n > 0) {
@@ -661,7 +664,7 @@ __device__ __forceinline__ void add_x_proj(const StepParams& p, Ring& ring) {
   if (n > 0) ring.release(bytes);
 }
 
-/// x = silu(conv(v)) of a channel and a sequence; what the convolution remembers moves on.
+/// x = silu(conv(v)) of a channel and a sequence; v takes the place of the oldest input.
 template <typename T>
 __device__ __forceinline__ void convolve(const StepParams& p, int l, int channel, int seq,
                                          float v) {
@@ -672,20 +675,15 @@ __device__ __forceinline__ void convolve(const StepParams& p, int l, int channel
   const T* past = reinterpret_cast<const T*>(small + p.at.windows) +
                   seq * (kConv - 1) * p.window_pitch + own.channels.begin % 8 + channel;
   const float4 weight = *reinterpret_cast<const float4*>(record + channel * kConv);
-  const T past1 = past[p.window_pitch];
-  const T past2 = past[2 * p.window_pitch];
   const T now = from_float<T>(v + record[kXBias * n + channel]);
   float s = fmaf(weight.x, to_float(past[0]), record[kConvBias * n + channel]);
-  s = fmaf(weight.y, to_float(past1), s);
-  s = fmaf(weight.z, to_float(past2), s);
+  s = fmaf(weight.y, to_float(past[p.window_pitch]), s);
+  s = fmaf(weight.z, to_float(past[2 * p.window_pitch]), s);
   s = fmaf(weight.w, to_float(now), s);
   shared_array<T>(p.at.x)[seq * kChannelPitch + permuted(channel)] = from_float<T>(silu(s));
-  T* state = static_cast<T*>(shared_array<const StepLayer>(p.at.table)[l].conv_state) +
-             static_cast<int64_t>(own.slot[seq]) * (kConv - 1) * p.d_inner + own.channels.begin +
-             channel;
-  state[0] = past1;
-  state[p.d_inner] = past2;
-  state[2 * p.d_inner] = now;
+  const int64_t row = static_cast<int64_t>(own.slot[seq]) * (kConv - 1) + own.oldest[seq];
+  static_cast<T*>(shared_array<const StepLayer>(p.at.table)[l]
+                      .conv_state)[row * p.d_inner + own.channels.begin + channel] = now;
 }
 
 /// dt_low as the sum of two numbers of type T: [2][B][low_pitch].
@@ -1059,9 +1057,11 @@ __global__ void __launch_bounds__(kAllThreads, 1)
             Run(p.vocab_rows, block, blocks),
             0,
             {},
+            {},
             p.exchange + __ldcg(p.launches) % 2 * p.set_bytes};
     for (int i = 0; i < kSeqs; ++i) {
       own.slot[i] = i < p.n_seq ? p.slots[i] : -1;
+      own.oldest[i] = i < p.n_seq ? conv_row<kConv>(p.positions[i]) : 0;
       if (own.slot[i] >= 0) own.live |= 1U << i;
     }
     *shared_array<Own>(p.at.own) = own;

@@ -434,9 +434,10 @@ bool ssd_mixer_chunks(const Tensor& y, const Tensor& xbc, const SsdMixer& in,
   }
   const auto with_type = [&](auto t) {
     using T = decltype(t);
-    const ConvPointers<T> conv{in.xbc.as<T>(),           xbc.as<T>(),        in.conv.as<float>(),
-                               in.conv_bias.as<float>(), conv_state.as<T>(), in.xbc.row_stride,
-                               xbc.row_stride,           xbc.dim(1)};
+    const ConvPointers<T> conv{
+        in.xbc.as<T>(),           xbc.as<T>(),        in.conv.as<float>(),
+        in.conv_bias.as<float>(), conv_state.as<T>(), batch.position.as<int64_t>(),
+        in.xbc.row_stride,        xbc.row_stride,     xbc.dim(1)};
     return run_states<T>(ssd_pointers<T>(y, scan, ssm_state, batch), &conv, ssm_state, batch,
                          scratch, stream);
   };

@@ -58,6 +58,7 @@
 // Same as  the verbs, one by one, as Mamba2::forward calls them; tests/unit/mamba2_step_test.cpp
 #include <algorithm>
 
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mamba2_persistent.h"
 #include "kernels/cuda/mma.cuh"
@@ -124,6 +125,7 @@ struct StepParams {
   const float *norm_first, *norm_f;
   float eps, mixer_eps, dt_min, dt_max;
   const int32_t *ids, *slots;
+  const int64_t* positions;
   int n_seq;
   float* logits;
   int64_t logits_stride;
@@ -148,6 +150,7 @@ struct Owned {
   int group, next_group;  // of the first channel; the first channel of the next, counted from it
   int side_warps, row_warps;  // that sum up products with `sides` and `rows` rows
   int slot[kMostBatch];
+  int oldest[kMostBatch];  // row of conv_state
 };
 
 /// What has a fixed place in shared memory, so that no register need hold it.
@@ -222,6 +225,7 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
   const int n = own.channels;
   const int state_row = kState * (p.state_type == DType::f32 ? 4 : 2);
   const int slot = lane < B ? b.s.own.slot[lane] : -1;
+  const int oldest = lane < B ? b.s.own.oldest[lane] : 0;
   const int64_t width = E + p.n_bc;
   const Lines x_lines(own.first_channel, n);
   const Lines side_lines(own.first_side, own.side_channels);
@@ -242,7 +246,9 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
     if (slot >= 0) {
       const auto window = [&](int at, int pitch, int64_t first, Lines lines) {
         for (int j = 0; j < kConv - 1 && lines.bytes > 0; ++j) {
-          const int64_t from = (static_cast<int64_t>(slot) * (kConv - 1) + j) * width + first;
+          const int64_t row =
+              static_cast<int64_t>(slot) * (kConv - 1) + conv_row<kConv>(oldest + j);
+          const int64_t from = row * width + first;
           bulk_copy(small + at + (lane * (kConv - 1) + j) * 2 * pitch,
                     static_cast<const char*>(w.conv_state) + from * 2 - lines.skew, lines.bytes,
                     full, out.policy);
@@ -512,33 +518,29 @@ struct Summand {
   __device__ static int warps(int n) { return ((n + 7) / 8 * B * 8 + 31) / 32; }
 };
 
-/// conv(v) of a channel; what the convolution remembers is then next[], of which the caller stores
-/// one.
+/// conv(v) of a channel, and v as the convolution remembers it.
 template <typename T>
 struct Convolved {
   float sum;
-  T next[kConv - 1];
+  T now;
   /// weight: [kConv]; past: [kConv - 1] of `pitch`
   __device__ __forceinline__ Convolved(const float* weight, float bias, const T* past, int pitch,
                                        float v) {
     const float4 w = *reinterpret_cast<const float4*>(weight);
-    next[0] = past[pitch];
-    next[1] = past[2 * pitch];
-    next[2] = from_float<T>(v);
+    now = from_float<T>(v);
     sum = fmaf(w.x, to_float(past[0]), bias);
-    sum = fmaf(w.y, to_float(next[0]), sum);
-    sum = fmaf(w.z, to_float(next[1]), sum);
-    sum = fmaf(w.w, to_float(next[2]), sum);
+    sum = fmaf(w.y, to_float(past[pitch]), sum);
+    sum = fmaf(w.z, to_float(past[2 * pitch]), sum);
+    sum = fmaf(w.w, to_float(now), sum);
   }
 };
 
-/// Where the convolution keeps input j of a channel.
+/// The input of a channel takes the place of the oldest that the convolution remembers.
 template <typename T, int B>
-__device__ __forceinline__ T* remembered(const Block<T, B>& b, const StepLayer& w, int seq, int j,
-                                         int channel) {
-  const int64_t width = b.p.d_inner + b.p.n_bc;
-  return static_cast<T*>(w.conv_state) +
-         (static_cast<int64_t>(b.s.own.slot[seq]) * (kConv - 1) + j) * width + channel;
+__device__ __forceinline__ void remember(const Block<T, B>& b, const StepLayer& w, int seq,
+                                         int channel, T input) {
+  const int64_t row = static_cast<int64_t>(b.s.own.slot[seq]) * (kConv - 1) + b.s.own.oldest[seq];
+  static_cast<T*>(w.conv_state)[row * (b.p.d_inner + b.p.n_bc) + channel] = input;
 }
 
 /// B, C or dt of the thread's row, from its product v.
@@ -554,10 +556,7 @@ __device__ __forceinline__ float side_value(const Block<T, B>& b, const StepLaye
                   s.seq * (kConv - 1) * p.side_window_pitch + b.s.own.first_side % 8 + s.row;
   const Convolved<T> conv(record + s.row * kConv, param(kSideConvBias), past, p.side_window_pitch,
                           v);
-#pragma unroll
-  for (int j = 0; j < kConv - 1; ++j) {
-    *remembered(b, w, s.seq, j, p.d_inner + b.s.own.first_side + s.row) = conv.next[j];
-  }
+  remember(b, w, s.seq, p.d_inner + b.s.own.first_side + s.row, conv.now);
   return silu(conv.sum);
 }
 
@@ -696,12 +695,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
       if (warp + u * kWarps < n) store_states(state + own * kState, next);
     }
   }
-  if (mine.exists && lane % 8 < kConv - 1) {
-    const int j = lane % 8;
-    *remembered(b, w, seq, j, b.s.own.first_channel + channel) = j == 0   ? conv.next[0]
-                                                                 : j == 1 ? conv.next[1]
-                                                                          : conv.next[2];
-  }
+  if (mine.first) remember(b, w, seq, b.s.own.first_channel + channel, conv.now);
   // Lanes 8 u to 8 u + 7 get the sum of y[u].
   const bool upper = (lane & 16) != 0;
   const bool odd = (lane & 8) != 0;
@@ -975,9 +969,13 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
              (group + 1) * p.group_width - channels.begin,
              Summand<B>::warps(sides),
              max(1, Summand<B>::warps(rows.n)),
+             {},
              {}};
     s.set = p.exchange + launch % 2 * p.set;
-    for (int i = 0; i < kMostBatch; ++i) s.own.slot[i] = i < p.n_seq ? p.slots[i] : -1;
+    for (int i = 0; i < kMostBatch; ++i) {
+      s.own.slot[i] = i < p.n_seq ? p.slots[i] : -1;
+      s.own.oldest[i] = i < p.n_seq ? conv_row<kConv>(p.positions[i]) : 0;
+    }
   }
   if (tid < blocks) {
     s.group_of[tid] = static_cast<int8_t>(Run(p.d_inner, tid, blocks).begin / p.group_width);

@@ -22,6 +22,7 @@
 // Same as  ssd_mixer and ssd_scan in kernels/cpu; tests/ops/ssd_test.cpp
 #pragma once
 
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/mamba2_chunks.cuh"
 
 namespace krait::cuda {
@@ -36,25 +37,29 @@ struct ConvPointers {
   T* out;      ///< and after the convolution
   const float *weight, *bias;
   T* state;  ///< [slot, kTaps - 1, width]
+  const int64_t* positions;
   int64_t u_stride, out_stride, width;
 };
 
-/// The inputs of a sequence from a channel on. Before time 0 they are in the state, oldest first.
+/// The inputs of a sequence from a channel on. Before time 0 they are in the state.
 template <typename T>
 struct ConvInputs {
   const T* u;
   T* state;
   int64_t stride, width;
+  int oldest;  ///< row of the state
 
   __device__ __forceinline__ ConvInputs(const ConvPointers<T>& c, int64_t begin, int64_t slot,
-                                        int channel)
+                                        int oldest, int channel)
       : u(c.u + begin * c.u_stride + channel),
         state(c.state + slot * (kTaps - 1) * c.width + channel),
         stride(c.u_stride),
-        width(c.width) {}
-  __device__ __forceinline__ const T* at(int t) const {
-    return t >= 0 ? u + t * stride : state + (kTaps - 1 + t) * width;
+        width(c.width),
+        oldest(oldest) {}
+  __device__ __forceinline__ T* kept(int t) const {
+    return state + conv_row<kTaps>(oldest + t + kTaps - 1) * width;
   }
+  __device__ __forceinline__ const T* at(int t) const { return t >= 0 ? u + t * stride : kept(t); }
 };
 
 /// The last inputs of kChannels channels, which are left to the next call.
@@ -69,10 +74,10 @@ struct LastInputs {
     }
   }
   /// Nobody may read the old ones any more.
-  __device__ __forceinline__ void store(const ConvInputs<T>& to) const {
+  __device__ __forceinline__ void store(const ConvInputs<T>& to, int len) const {
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) {
-      *reinterpret_cast<uint2*>(to.state + j * to.width) = in[j];
+      *reinterpret_cast<uint2*>(to.kept(len - (kTaps - 1) + j)) = in[j];
     }
   }
 };
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(128)
   const int len = static_cast<int>(seq_start[seq + 1] - begin);
   const int t = (static_cast<int>(blockIdx.y) * 4 + static_cast<int>(threadIdx.x) / 32) * kRows;
   if (slot < 0 || t >= len) return;
-  const ConvInputs<T> inputs(c, begin, slot, channel);
+  const ConvInputs<T> inputs(c, begin, slot, conv_row<kTaps>(c.positions[seq]), channel);
   uint2 in[kTaps - 1 + kRows];
 #pragma unroll
   for (int i = 0; i < kTaps - 1 + kRows; ++i) {
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__(128)
   if (t == 0) {
     LastInputs<T> last;
     last.load(inputs, len);
-    last.store(inputs);
+    last.store(inputs, len);
   }
 }
 
@@ -192,8 +197,9 @@ __device__ __forceinline__ void bring_x(const SsdPointers<T>& p, const ConvPoint
   constexpr int kCopyRows = kHalf / kPieces;
   const int row = thread / kPieces;
   const int piece = thread % kPieces;
+  const int oldest = kConv ? conv_row<kTaps>(conv.positions[blockIdx.z]) : 0;
   const ConvInputs<T> inputs(
-      conv, own.begin, own.slot,
+      conv, own.begin, own.slot, oldest,
       Head::of<kHeads>(p, static_cast<int>(blockIdx.y), piece / (kP / 8)).h * kP +
           piece % (kP / 8) * 8);
   const uint32_t u_tiles = shared_address(&tiles.u[0]);
@@ -219,7 +225,7 @@ __device__ __forceinline__ void bring_x(const SsdPointers<T>& p, const ConvPoint
   for (int i = 0; i < kAhead; ++i) request(own.first + i);
   LastInputs<T> last;
   const bool leaves = kConv && head.live && segment == 0 && stretch == 0;
-  if (leaves) last.load(ConvInputs<T>(conv, own.begin, own.slot, channel), own.len);
+  if (leaves) last.load(ConvInputs<T>(conv, own.begin, own.slot, oldest, channel), own.len);
 
   const uint32_t u_from = u_tiles + (stretch * kRows - kBefore) * kRowBytes +
                           thread % kRowLanes * static_cast<uint32_t>(sizeof(uint2));
@@ -254,7 +260,7 @@ __device__ __forceinline__ void bring_x(const SsdPointers<T>& p, const ConvPoint
     t += kQ;
     to += int64_t{out_stride} * kQ;
   }
-  if (leaves) last.store(ConvInputs<T>(conv, own.begin, own.slot, channel));
+  if (leaves) last.store(ConvInputs<T>(conv, own.begin, own.slot, oldest, channel), own.len);
 }
 
 /// The other half: the states, from the tiles of x.

@@ -22,6 +22,7 @@
 //          us at one sequence, 19.4 and 20.7 at 8; bf16 state 4.6 and 5.5, but 14.7 and 13.2 at 8:
 //          hence most_sequences()
 // Same as  kernels/cpu; tests/ops/ssd_test.cpp
+#include "kernels/cuda/conv_ring.cuh"
 #include "kernels/cuda/mamba2.cuh"
 #include "kernels/cuda/mamba2_gated_norm.cuh"
 #include "kernels/cuda/verbs.h"
@@ -43,6 +44,7 @@ struct StepPointers {
   const float *conv, *conv_bias, *A, *D, *dt_bias;
   T *y, *conv_state;
   const int32_t* slots;
+  const int64_t* positions;
   int64_t u_stride, dt_stride, y_stride;
   int n_head, head_dim, heads_per_group, width;  ///< width: channels of the convolution
   float dt_min, dt_max;
@@ -65,11 +67,12 @@ struct Taps {
 #pragma unroll
     for (int j = 0; j < kConv - 1; ++j) prefetch_l2(state + j * p.width);
   }
+  /// `oldest`: row of the state
   __device__ __forceinline__ void load_inputs(const StepPointers<T>& p, int64_t seq, int32_t slot,
-                                              int channel) {
+                                              int oldest, int channel) {
     const T* state = p.conv_state + static_cast<int64_t>(slot) * (kConv - 1) * p.width + channel;
 #pragma unroll
-    for (int j = 0; j < kConv - 1; ++j) before[j] = state[j * p.width];
+    for (int j = 0; j < kConv - 1; ++j) before[j] = state[conv_row<kConv>(oldest + j) * p.width];
     now = p.u[seq * p.u_stride + channel];
   }
   __device__ __forceinline__ float result() const {
@@ -79,13 +82,14 @@ struct Taps {
     sum = fmaf(weight.w, to_float(now), sum);
     return to_float(from_float<T>(silu(sum)));
   }
-  __device__ __forceinline__ void shift(const StepPointers<T>& p, int32_t slot, int channel) const {
-    T* state = p.conv_state + static_cast<int64_t>(slot) * (kConv - 1) * p.width + channel;
-#pragma unroll
-    for (int j = 0; j < kConv - 2; ++j) state[j * p.width] = before[j + 1];
-    state[(kConv - 2) * p.width] = now;
-  }
 };
+
+/// Where the convolution keeps the input of this step.
+template <typename T>
+__device__ __forceinline__ T* newest(const StepPointers<T>& p, int32_t slot, int oldest,
+                                     int channel) {
+  return p.conv_state + (static_cast<int64_t>(slot) * (kConv - 1) + oldest) * p.width + channel;
+}
 
 /// kLanes lanes share a channel; a warp has 32 / kLanes channels at a time, kUnits times.
 template <typename S, int kLanes>
@@ -150,6 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   after_previous();
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;
+  const int oldest = conv_row<kConv>(p.positions[seq]);
 
   S* state = state_of(slot);
   Vec16<S> part[Is::kUnits];
@@ -161,9 +166,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kBCEach; ++i) {
     const int at = tid + i * kThreads;
-    if (at < 2 * kN) of_bc[i].load_inputs(p, seq, slot, bc_channel(at));
+    if (at < 2 * kN) of_bc[i].load_inputs(p, seq, slot, oldest, bc_channel(at));
   }
-  if (has_x) of_x.load_inputs(p, seq, slot, e0 + tid);
+  if (has_x) of_x.load_inputs(p, seq, slot, oldest, e0 + tid);
 #pragma unroll
   for (int i = 0; i < kBCEach; ++i) {
     const int at = tid + i * kThreads;
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (has_x) {
     xs[tid] = of_x.result();
-    of_x.shift(p, slot, e0 + tid);
+    *newest(p, slot, oldest, e0 + tid) = of_x.now;
   }
   __syncthreads();
 
@@ -211,11 +216,10 @@ __global__ void __launch_bounds__(kMaxNormThreads)
   const int64_t seq = blockIdx.x;
   const int32_t slot = p.slots[seq];
   if (slot < 0) return;
+  const int oldest = conv_row<kConv>(p.positions[seq]);
   for (int c = p.n_head * p.head_dim + static_cast<int>(threadIdx.x); c < p.width;
        c += static_cast<int>(blockDim.x)) {
-    Taps<T> of;
-    of.load_inputs(p, seq, slot, c);
-    of.shift(p, slot, c);
+    *newest(p, slot, oldest, c) = p.u[seq * p.u_stride + c];
   }
 }
 
@@ -247,6 +251,7 @@ bool ssd_mixer_step(const Tensor& y, const SsdMixer& in, const Tensor& conv_stat
                             y.as<T>(),
                             conv_state.as<T>(),
                             batch.slot.as<int32_t>(),
+                            batch.position.as<int64_t>(),
                             in.xbc.row_stride,
                             in.dt.row_stride,
                             y.row_stride,

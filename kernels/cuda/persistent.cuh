@@ -129,6 +129,7 @@ void set_inputs(Params& p, const Weights& weights, const Tensor& logits, const T
   p.mixer_eps = weights.mixer_norm_eps;
   p.ids = ids.as<int32_t>();
   p.slots = batch.slot.as<int32_t>();
+  p.positions = batch.position.as<int64_t>();
   p.n_seq = static_cast<int>(batch.n_seq);
   p.logits = logits.as<float>();
   p.logits_stride = logits.row_stride;

@@ -698,6 +698,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (state.row_id.data != nullptr) {
       static_cast<int32_t*>(state.row_id.data)[seq] = max(token, 0);
     }
+    if (state.row_position.data != nullptr) {  // without waiting for the old one
+      atomicAdd(static_cast<unsigned long long*>(state.row_position.data) + seq, 1ULL);
+    }
   };
   if (slot < 0) {
     if (threadIdx.x == 0) deliver(-1);

@@ -77,7 +77,7 @@ std::unique_ptr<Model> load(const ModelConfig& config, WeightLoader& in) {
 
 std::vector<TensorSpec> layer_state(const ModelConfig& c, DType activation, DType ssm) {
   return {
-      {"conv_state", {c.d_conv - 1, c.d_inner}, activation},  // inputs before the convolution
+      {"conv_state", {c.d_conv - 1, c.d_inner}, activation},  // its last inputs, a ring
       {"ssm_state", {c.d_inner, c.d_state}, ssm},             // h
   };
 }

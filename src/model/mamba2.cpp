@@ -83,7 +83,7 @@ std::unique_ptr<Model> load(const ModelConfig& config, WeightLoader& in) {
 
 std::vector<TensorSpec> layer_state(const ModelConfig& c, DType activation, DType ssm) {
   return {
-      {"conv_state", {c.d_conv - 1, conv_dim(c)}, activation},  // inputs before the convolution
+      {"conv_state", {c.d_conv - 1, conv_dim(c)}, activation},  // its last inputs, a ring
       {"ssm_state", {c.n_head, c.head_dim, c.d_state}, ssm},    // S
   };
 }

@@ -28,18 +28,19 @@ constexpr int64_t kHostWork = 1024 * 768;
 
 /// The engine's memory besides state and weights, in the order of step_tensors().
 enum StepTensor : size_t {
-  kResidual,     ///< f32 [n_tok, d_model]
-  kIds,          ///< i32 [n_slot]: what the next step feeds
-  kNormed,       ///< T [n_row, d_model]
-  kLogits,       ///< f32 [n_row, vocab_rows]
-  kChunk,        ///< i32: what describes a prefill chunk, see ChunkLayout
-  kEnd,          ///< f32 [n_slot, d_model]: the residual rows that the tokens are drawn from
-  kScored,       ///< f32 [n_row, d_model]: residual rows to score; null unless scoring
-  kLogProb,      ///< f32 [n_tok], or null
-  kBest,         ///< i32 [n_tok], or null
-  kDecodeStart,  ///< i32 [n_slot + 1]: 0, 1, 2, ...
-  kDecodeSlot,   ///< i32 [n_slot]
-  kParams,       ///< this and the rest: SampleState
+  kResidual,        ///< f32 [n_tok, d_model]
+  kIds,             ///< i32 [n_slot]: what the next step feeds
+  kNormed,          ///< T [n_row, d_model]
+  kLogits,          ///< f32 [n_row, vocab_rows]
+  kChunk,           ///< i32: what describes a prefill chunk, see ChunkLayout
+  kEnd,             ///< f32 [n_slot, d_model]: the residual rows that the tokens are drawn from
+  kScored,          ///< f32 [n_row, d_model]: residual rows to score; null unless scoring
+  kLogProb,         ///< f32 [n_tok], or null
+  kBest,            ///< i32 [n_tok], or null
+  kDecodeStart,     ///< i32 [n_slot + 1]: 0, 1, 2, ...
+  kDecodeSlot,      ///< i32 [n_slot]
+  kDecodePosition,  ///< i64 [n_slot]
+  kParams,          ///< this and the rest: SampleState
   kPosition,
   kNextId,
   kSeen,
@@ -50,23 +51,25 @@ enum StepTensor : size_t {
   kFirstActivation,  ///< Model::activations(), [n_tok, ...] each
 };
 
-/// One upload describes a prefill chunk: its ids, Batch::seq_start and Batch::slot, the rows that
-/// end a prompt or are scored, and the slots that draw a token after it. Offsets in i32.
+/// One upload describes a prefill chunk: its ids, Batch::seq_start, slot and position, the rows
+/// that end a prompt or are scored, and the slots that draw a token after it. Offsets in i32.
 struct ChunkLayout {
   ChunkLayout(int64_t n_tok, int64_t n_seq, int64_t n_draw, int64_t n_score)
       : start(aligned(n_tok)),
         slot(start + aligned(n_seq + 1)),
-        end(slot + aligned(n_seq)),
+        position(slot + aligned(n_seq)),
+        end(position + aligned(2 * n_seq)),
         draw(end + aligned(n_seq)),
         score(draw + aligned(n_draw)),
         target(score + aligned(n_score)),
         size(target + aligned(n_score)) {}
-  int64_t start;   ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
-  int64_t slot;    ///< i32 [n_seq]
-  int64_t end;     ///< i32 [as many as prompts end]
-  int64_t draw;    ///< i32 [n_draw]
-  int64_t score;   ///< i32 [n_score]
-  int64_t target;  ///< i32 [n_score]: the tokens whose probability is wanted
+  int64_t start;     ///< i32 [n_seq + 1]; the ids [n_tok] are at 0
+  int64_t slot;      ///< i32 [n_seq]
+  int64_t position;  ///< i64 [n_seq]
+  int64_t end;       ///< i32 [as many as prompts end]
+  int64_t draw;      ///< i32 [n_draw]
+  int64_t score;     ///< i32 [n_score]
+  int64_t target;    ///< i32 [n_score]: the tokens whose probability is wanted
   int64_t size;
 
  private:
@@ -121,6 +124,7 @@ std::vector<TensorSpec> step_tensors(const ModelConfig& c, DType T, const Engine
       {"best", {n_score}, DType::i32},
       {"decode_start", {o.n_slot + 1}, DType::i32},
       {"decode_slot", {o.n_slot}, DType::i32},
+      {"decode_position", {o.n_slot}, DType::i64},
       {"params", {o.n_slot, static_cast<int64_t>(sizeof(SampleParams))}, DType::u8},
       {"position", {o.n_slot}, DType::i64},
       {"next_id", {o.n_slot}, DType::i32},
@@ -277,18 +281,22 @@ struct Engine::Impl {
   }
 
   /// Samples from `logits` [n, vocab_rows], which are kept first where they were asked for.
-  void sample(const Tensor& logits, const Tensor& slot, int64_t n, const Tensor& row_id = {}) {
+  void sample(const SampleState& s, const Tensor& logits, const Tensor& slot, int64_t n) {
     if (keep) op.copy(kept[0].data, logits.data, logits.bytes());
-    SampleState s = sampling;
-    s.row_id = row_id;
     op.sample(logits, options.vocab_limit, s, slot, n);
   }
 
-  /// Brings the ids of the first n of kDecodeSlot to kIds.
-  void gather_ids(int64_t n) {
+  /// Brings the ids and positions of the first n of kDecodeSlot, the last of which are padding, to
+  /// kIds and kDecodePosition.
+  void begin_rows(int64_t n) {
     op.gather_rows(Tensor(step_memory[kIds].data, DType::i32, {n, 1}),
                    Tensor(sampling.next_id.data, DType::i32, {options.n_slot, 1}),
                    step_memory[kDecodeSlot].rows(0, n));
+    std::vector<int64_t> positions(static_cast<size_t>(n), 0);
+    std::ranges::transform(decode_slots, positions.begin(),
+                           [&](int32_t slot) { return slots[static_cast<size_t>(slot)].n_fed; });
+    op.upload(step_memory[kDecodePosition].data, positions.data(),
+              positions.size() * sizeof(int64_t));
   }
 
   /// One step of the first n of kDecodeSlot, from their kIds to the next. Nothing here depends on
@@ -299,6 +307,7 @@ struct Engine::Impl {
                   1,
                   step_memory[kDecodeStart].rows(0, n + 1),
                   step_memory[kDecodeSlot].rows(0, n),
+                  step_memory[kDecodePosition].rows(0, n),
                   options.state_rounding};
     const Tensor ids = step_memory[kIds].rows(0, n);
     Tensor logits = step_memory[kLogits].rows(0, n);
@@ -306,7 +315,10 @@ struct Engine::Impl {
       forward(ids, b);
       logits = head(residual(0, n));
     }
-    sample(logits, b.slot, n, ids);
+    SampleState s = sampling;
+    s.row_id = ids;
+    s.row_position = b.position;
+    sample(s, logits, b.slot, n);
   }
 
   /// The key of a short prefill's launches: bit 31 tells it from a decode step's.
@@ -408,7 +420,7 @@ struct Engine::Impl {
   uint64_t mark = 0;
   std::vector<int32_t> decode_slots;  ///< what kDecodeSlot holds, without padding
   std::vector<int32_t> padded_slots;
-  bool has_ids = false;        ///< kIds holds what they feed next
+  bool has_rows = false;       ///< kIds and kDecodePosition hold what they feed next
   std::vector<int32_t> chunk;  ///< what kChunk holds
 
   struct Launch {
@@ -600,7 +612,7 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
   Tensor draw_slot;      // of the rows that draw
   const auto draw = [&] {
     if (draw_row > 0) {
-      e.sample(e.head(e.step_memory[kEnd].rows(0, draw_row)), draw_slot, draw_row);
+      e.sample(e.sampling, e.head(e.step_memory[kEnd].rows(0, draw_row)), draw_slot, draw_row);
     }
   };
   while (next != requests.end()) {
@@ -640,6 +652,8 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
       row += p.n;
       chunk[at.start + i + 1] = static_cast<int32_t>(row);
       chunk[at.slot + i] = p.request->slot;
+      const int64_t position = e.slot_at(p.request->slot).n_fed;
+      std::memcpy(chunk + at.position + 2 * i, &position, sizeof(position));
       if (p.request->sample && p.last()) chunk[at.end + n_end++] = static_cast<int32_t>(row - 1);
     }
     for (int64_t i = n_seq; i < shape.n_seq; ++i) {
@@ -663,7 +677,9 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
     const auto feed = [&] {
       e.forward(part(0, shape.n_tok),
                 {shape.n_tok, shape.n_seq, shape.max_len, part(at.start, shape.n_seq + 1),
-                 part(at.slot, shape.n_seq), e.options.state_rounding});
+                 part(at.slot, shape.n_seq),
+                 Tensor(all.as<int32_t>() + at.position, DType::i64, {shape.n_seq}),
+                 e.options.state_rounding});
       if (n_end > 0) {
         e.op.gather_rows(e.step_memory[kEnd].rows(n_ended, n_end), e.residual(0, shape.n_tok),
                          part(at.end, n_end));
@@ -715,7 +731,7 @@ bool Engine::prefill_packed(std::span<const PrefillRequest> requests, const Scor
   if (n_drawn > 0) {
     if (!is_short) draw();
     e.posted(n_drawn, draw_row);
-    e.has_ids = false;
+    e.has_rows = false;
     for (const int32_t slot : end_slots) {
       Impl::Slot& s = e.slot_at(slot);
       s.sampled = s.drawn = true;
@@ -747,9 +763,9 @@ void Engine::step(std::span<const int32_t> slots) {
     std::ranges::copy(slots, e.padded_slots.begin());
     e.op.upload(e.step_memory[kDecodeSlot].data, e.padded_slots.data(),
                 e.padded_slots.size() * sizeof(int32_t));
-    e.has_ids = false;
+    e.has_rows = false;
   }
-  if (!std::exchange(e.has_ids, true)) e.gather_ids(n_row);
+  if (!std::exchange(e.has_rows, true)) e.begin_rows(n_row);
   for (const int32_t slot : slots) ++e.slot_at(slot).n_fed;
   e.op.replay(e.step_key + (static_cast<uint64_t>(n_row) << 1 | (e.keep ? 1U : 0U)),
               [&e, n_row] { e.decode(n_row); });

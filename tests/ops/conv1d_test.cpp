@@ -13,6 +13,7 @@ struct ConvCase {
   std::vector<int32_t> slots{1};
   DType weights = DType::f32;
   bool bias = true;
+  int64_t position = 5;  ///< of the first sequence; the next are each 2^32 further
 };
 
 void PrintTo(const ConvCase& c, std::ostream* os) { *os << c.name; }
@@ -28,6 +29,12 @@ std::vector<ConvCase> conv_cases() {
       cases.push_back(c);
     };
     vary("base", [](ConvCase&) {});
+    for (const int64_t p : {0, 1, 6, 7, 419}) {  // where the ring begins
+      vary(fmt::format("position{}", p), [&](ConvCase& c) { c.position = p; });
+      vary(fmt::format("position{}_decode", p), [&](ConvCase& c) {
+        c.position = p, c.lengths = {1, 1, 1}, c.slots = {4, 0, 3};
+      });
+    }
     for (const int64_t d : {1, 7, 8, 15, 16, 17, 31, 33, 64, 129, 1536}) {
       vary(fmt::format("d{}", d), [&](ConvCase& c) { c.d_inner = d; });
     }
@@ -96,7 +103,11 @@ struct ConvResult {
 ConvResult run_conv(Backend b, const ConvCase& c, const ConvData& data) {
   Device d(b);
   const DType T = d.op.activation_dtype(c.weights);
-  const Batch batch = d.batch(c.lengths, c.slots);
+  std::vector<int64_t> positions;
+  for (size_t s = 0; s < c.lengths.size(); ++s) {
+    positions.push_back(c.position + (static_cast<int64_t>(s) << 32));
+  }
+  const Batch batch = d.batch(c.lengths, c.slots, positions);
   const Tensor out = d.filled(kNan, {batch.n_tok, c.d_inner}, T);
   const Tensor state = d.tensor(data.state, {kSlots, c.d_conv - 1, c.d_inner}, T);
   d.op.conv1d_silu(out, d.view(data.u, {batch.n_tok, c.d_inner}, T, 8, 16),
@@ -172,6 +183,7 @@ TEST_P(Conv1dCuts, DoNotMatter) {
     part.lengths = {n};
     some.u = rows(data.u, 0, n, c.d_inner);
     const ConvResult first = run_conv(backend, part, some);
+    part.position += n;
     part.lengths = {kLength - n};
     some.u = rows(data.u, n, kLength, c.d_inner);
     some.state = first.state;
@@ -189,11 +201,20 @@ TEST_P(Conv1dCuts, DoNotMatter) {
 OPS_TEST_ALL_BACKENDS(Conv1dCuts, ::testing::ValuesIn(cut_cases()));
 
 TEST(Conv1dDefinition, IsTheCrossCorrelationOfStateAndInput) {
-  const ConvCase c{.name = "oracle", .lengths = {7}};
+  const ConvCase c{.name = "oracle", .lengths = {7}, .position = 1000};
   const ConvData d = conv_data(c, DType::f32);
   const ConvResult got = run_conv(Backend::plain, c, d);
   const int64_t width = (c.d_conv - 1) * c.d_inner;
-  Values line = rows(d.state, 1, 2, width);  // the state, oldest first, and then the text
+  // Of slot 1, the inputs before a position, oldest first.
+  const auto inputs_before = [&](const Values& state, int64_t position) {
+    Values line;
+    for (int64_t p = position - (c.d_conv - 1); p < position; ++p) {
+      const int64_t row = (c.d_conv - 1) + p % (c.d_conv - 1);
+      append(line, rows(state, row, row + 1, c.d_inner));
+    }
+    return line;
+  };
+  Values line = inputs_before(d.state, c.position);
   append(line, d.u);
   Values want;
   for (int64_t t = 0; t < 7; ++t) {
@@ -207,7 +228,8 @@ TEST(Conv1dDefinition, IsTheCrossCorrelationOfStateAndInput) {
     }
   }
   EXPECT_TRUE(near_std(got.out, want, 1e-6));
-  EXPECT_TRUE(same_bits(rows(got.state, 1, 2, width), Values(line.end() - width, line.end())));
+  EXPECT_TRUE(
+      same_bits(inputs_before(got.state, c.position + 7), Values(line.end() - width, line.end())));
 }
 
 }  // namespace

@@ -149,8 +149,9 @@ class Device {
     return out;
   }
 
-  /// A batch of sequences of these lengths in these slots.
-  Batch batch(const std::vector<int32_t>& lengths, const std::vector<int32_t>& slots) {
+  /// A batch of sequences of these lengths in these slots, at these positions; none: at 0.
+  Batch batch(const std::vector<int32_t>& lengths, const std::vector<int32_t>& slots,
+              std::vector<int64_t> positions = {}) {
     std::vector<int32_t> start{0};
     Batch b;
     for (const int32_t n : lengths) {
@@ -161,6 +162,8 @@ class Device {
     b.n_seq = std::ssize(lengths);
     b.seq_start = ints(start);
     b.slot = ints(slots);
+    positions.resize(lengths.size());
+    b.position = bytes(positions.data(), DType::i64, {b.n_seq});
     return b;
   }
 

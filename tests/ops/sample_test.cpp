@@ -72,6 +72,9 @@ class Sampler {
     }
     const Tensor device_logits = d_.tensor(wide, {n, sizes_.vocab + sizes_.padding});
     state_.row_id = d_.ints(std::vector<int32_t>(slots.size(), -7));
+    std::vector<int64_t> positions(slots.size());
+    std::iota(positions.begin(), positions.end(), (int64_t{1} << 32) - 1);
+    state_.row_position = d_.bytes(positions.data(), DType::i64, {n});
     d_.op.sample(device_logits, sizes_.vocab, state_, d_.ints(slots), n);
   }
   std::vector<int32_t> receive(int64_t n) {
@@ -87,6 +90,7 @@ class Sampler {
 
   std::vector<int32_t> next_id() { return d_.read_as<int32_t>(state_.next_id); }
   std::vector<int32_t> row_id() { return d_.read_as<int32_t>(state_.row_id); }
+  std::vector<int64_t> row_position() { return d_.read_as<int64_t>(state_.row_position); }
   std::vector<int64_t> position() { return d_.read_as<int64_t>(state_.position); }
   std::vector<int32_t> seen() { return d_.read_as<int32_t>(state_.seen); }
   std::vector<int64_t> seen_len() { return d_.read_as<int64_t>(state_.seen_len); }
@@ -316,6 +320,8 @@ TEST_P(Sample, PaddingRowsAndOtherSlotsStay) {
   EXPECT_EQ(tokens[2], 3);
   EXPECT_EQ(s.next_id(), (std::vector<int32_t>{0, 3, 0, 1}));
   EXPECT_EQ(s.row_id(), (std::vector<int32_t>{1, 0, 3}));
+  constexpr int64_t kBefore = (int64_t{1} << 32) - 1;
+  EXPECT_EQ(s.row_position(), (std::vector<int64_t>{kBefore + 1, kBefore + 2, kBefore + 3}));
   EXPECT_EQ(s.position(), (std::vector<int64_t>{0, 1, 0, 1}));
   EXPECT_EQ(s.seen_len(), (std::vector<int64_t>{0, 1, 0, 1}));
 }

@@ -1,6 +1,8 @@
 // ssd_scan and gated_rms_norm, the verbs of Mamba-2: every backend against the definition and, over
 // many lengths, against a float64 loop; groups, head and state sizes, state types, extreme inputs,
 // and what must hold however a text is cut into steps.
+#include <numeric>
+
 #include "ops/recurrence_test_util.h"
 
 namespace krait::test {
@@ -484,7 +486,9 @@ TEST_P(SsdMixerVerb, EqualsDefinitionAndVerbs) {
   const auto run = [&](Backend b, bool verbs) {
     Device d(b);
     const DType type = d.op.activation_dtype(c.weights);
-    const Batch batch = d.batch(c.lengths, c.slots);
+    std::vector<int64_t> positions(c.lengths.size());
+    std::iota(positions.begin(), positions.end(), 1000);
+    const Batch batch = d.batch(c.lengths, c.slots, positions);
     const SsdMixer in{d.view(z, {n_tok, E}, type, c.left, 8),
                       d.view(u, {n_tok, width}, type, 16, 8),
                       d.view(data.dt, {n_tok, c.n_head}, type, 5, 3),

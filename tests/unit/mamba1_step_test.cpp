@@ -50,7 +50,7 @@ TEST_P(Mamba1StepGpuTest, IsAsExactAsTheVerbs) {
   const StepCase& c = GetParam();
   StepCase exact = c;
   exact.state = DType::f32;
-  const auto want = run(load_case(kBackends[1], exact, c.weights), exact, false);
+  const auto want = run(load_case(kBackends[1], exact, c.weights), exact, Steps::verbs);
   const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
   expect_as_exact_as_the_verbs(gpu, c, want);
 }
@@ -58,8 +58,8 @@ TEST_P(Mamba1StepGpuTest, IsAsExactAsTheVerbs) {
 TEST_P(Mamba1StepGpuTest, GivesTheSameBitsAgain) {
   const StepCase& c = GetParam();
   const LoadedModel gpu = load_case(kBackends[2], c, c.weights);
-  const auto first = run(gpu, c, true);
-  EXPECT_EQ(run(gpu, c, true), first);
+  const auto first = run(gpu, c, Steps::whole);
+  EXPECT_EQ(run(gpu, c, Steps::whole), first);
 }
 
 INSTANTIATE_TEST_SUITE_P(

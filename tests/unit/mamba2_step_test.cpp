@@ -85,7 +85,7 @@ TEST_P(Mamba2StepGpuTest, IsAsExactAsTheVerbs) {
   const StepCase& c = GetParam();
   StepCase exact = c;
   exact.state = DType::f32;
-  const auto want = run(load_case(kBackends[1], exact), exact, false);
+  const auto want = run(load_case(kBackends[1], exact), exact, Steps::verbs);
   const LoadedModel gpu = load_case(kBackends[2], c);
   expect_as_exact_as_the_verbs(gpu, c, want);
 }
@@ -93,8 +93,8 @@ TEST_P(Mamba2StepGpuTest, IsAsExactAsTheVerbs) {
 TEST_P(Mamba2StepGpuTest, GivesTheSameBitsAgain) {
   const StepCase& c = GetParam();
   const LoadedModel gpu = load_case(kBackends[2], c);
-  const auto first = run(gpu, c, true);
-  EXPECT_EQ(run(gpu, c, true), first);
+  const auto first = run(gpu, c, Steps::whole);
+  EXPECT_EQ(run(gpu, c, Steps::whole), first);
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -71,9 +71,9 @@ Tensor Harness::fresh(DType type, const Shape& shape, float scale) {
   return t;
 }
 
-Tensor Harness::ints(const std::vector<int32_t>& values) {
-  const Tensor t = zeros(DType::i32, {static_cast<int64_t>(values.size())});
-  op_.upload(t.data, values.data(), t.bytes());
+Tensor Harness::copied(const void* values, DType type, size_t n) {
+  const Tensor t = zeros(type, {static_cast<int64_t>(n)});
+  op_.upload(t.data, values, t.bytes());
   op_.synchronize();
   return t;
 }

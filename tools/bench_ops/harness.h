@@ -30,7 +30,8 @@ class Harness {
   Tensor zeros(DType type, const Shape& shape);
   /// Random values, uniform in [-scale, scale], or in [scale, 0] if it is negative.
   Tensor fresh(DType type, const Shape& shape, float scale = 0.1F);
-  Tensor ints(const std::vector<int32_t>& values);
+  Tensor ints(const std::vector<int32_t>& v) { return copied(v.data(), DType::i32, v.size()); }
+  Tensor longs(const std::vector<int64_t>& v) { return copied(v.data(), DType::i64, v.size()); }
   /// Copies of one tensor that do not fit the caches together, to be used in turn: what a step
   /// streams, it meets cold. One alone where the verb is not wanted.
   std::vector<Tensor> rotated(const std::string& name, DType type, const Shape& shape);
@@ -44,6 +45,7 @@ class Harness {
                        const std::function<void()>& call, const std::function<void()>& receive);
 
  private:
+  Tensor copied(const void* values, DType type, size_t n);
   void print(const std::string& name, const std::string& at, const CallWork& work,
              const std::vector<double>& seconds) const;
 

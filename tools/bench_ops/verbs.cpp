@@ -19,7 +19,10 @@ struct Step {
     std::iota(start.begin(), start.end(), 0);
     std::iota(slot.begin(), slot.end(), 0);
     if (n_seq != n_tok) start.back() = static_cast<int32_t>(n_tok);
-    batch = {n_tok, n_seq, n_seq == n_tok ? 1 : n_tok, h.ints(start), h.ints(slot)};
+    std::vector<int64_t> position(static_cast<size_t>(n_seq));
+    std::iota(position.begin(), position.end(), 1000);
+    batch = {n_tok,         n_seq,        n_seq == n_tok ? 1 : n_tok,
+             h.ints(start), h.ints(slot), h.longs(position)};
     at = name + " " + std::to_string(n_tok);
     w = static_cast<double>(itemsize(h.W()));
     t = static_cast<double>(itemsize(h.T()));
@@ -28,6 +31,8 @@ struct Step {
     D = static_cast<double>(c.d_model);
     E = static_cast<double>(c.d_inner);
     V = static_cast<double>(c.vocab_rows);
+    const auto carried = static_cast<double>(c.d_conv - 1);
+    state_rows = carried + std::min(rows / seqs, carried);
   }
 
   const ModelConfig& c;
@@ -37,6 +42,7 @@ struct Step {
   std::string at;  ///< "2.8b 64"
   double w, t;     ///< bytes of an element of a matrix and of an activation
   double rows, seqs, D, E, V;
+  double state_rows;  ///< of its convolution's state that a sequence reads and writes
 };
 
 /// in and out may be views of the tensors that the case before wrote: those lie in the caches, as
@@ -66,8 +72,7 @@ void bench_conv(Harness& h, const Step& s, const Tensor& out, const Tensor& in, 
   const Tensor weight = h.fresh(DType::f32, {channels, s.c.d_conv});
   const Tensor bias = h.fresh(DType::f32, {channels});
   const double columns = static_cast<double>(channels);
-  const double bytes =
-      2 * s.rows * columns * s.t + 2 * s.seqs * static_cast<double>(carried) * columns * s.t;
+  const double bytes = (2 * s.rows + s.seqs * s.state_rows) * columns * s.t;
   h.measure(name, s.at, {bytes}, state.size(), [&](size_t i) {
     h.op().conv1d_silu(out, in.columns(first, channels), weight, bias, state[i], s.batch);
   });
@@ -139,7 +144,7 @@ void bench_mamba2(Harness& h, const Step& s) {
   const Tensor inputs = h.fresh(h.T(), {s.n_seq, c.d_conv - 1, xbc_width});
   const auto widths = static_cast<double>(2 * E + xbc_width + H);  // z, y; x, B, C; dt
   bench_scan(h, s, "ssd_mixer", {s.n_seq, H, c.head_dim, c.d_state},
-             s.rows * widths * s.t + 2 * static_cast<double>(inputs.bytes()),
+             s.rows * widths * s.t + s.seqs * s.state_rows * static_cast<double>(xbc_width) * s.t,
              [&](const Tensor& state) { op.ssd_mixer(y, xbc, mixer, inputs, state, s.batch); });
   bench_linear(h, s, "linear_add/out_proj", residual, y, true);
 }
