@@ -1102,7 +1102,8 @@ template <int B>
 bool lay_out(StepParams& p) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  at.v_pitch = round_up(std::max(p.d_model, p.d_inner), 64) + 32;
+  // At least a round: every warp loads its first span, which in a narrow model it does not use.
+  at.v_pitch = round_up(std::max({p.d_model, p.d_inner, kRound}), 64) + 32;
   at.table = kSharedBytes<B> + round_up(B * at.v_pitch * 2, 16);
   at.windows = round_up(p.record * 4, 128);
   at.side_windows = at.windows + round_up(B * (kConv - 1) * 2 * p.window_pitch, 128);
