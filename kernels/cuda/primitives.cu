@@ -439,6 +439,37 @@ class Primitives {
   std::vector<Primitive> found_;
 };
 
+// ---- the clock ----------------------------------------------------------------------------------
+
+constexpr int kMostMultiprocessors = 1024;
+
+/// What a multiprocessor has counted, and when; when is 0 where no block came by.
+struct Reading {
+  int64_t cycles;
+  uint64_t ns;
+};
+__device__ Reading readings[2][kMostMultiprocessors];  // at the beginning and at the end
+
+/// A block for each multiprocessor, so large that they spread.
+__global__ void read_cycles(int which) {
+  if (threadIdx.x != 0) return;
+  unsigned multiprocessor;
+  uint64_t ns;
+  asm("mov.u32 %0, %smid;" : "=r"(multiprocessor));
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns)::"memory");
+  if (multiprocessor < kMostMultiprocessors) {
+    readings[which][multiprocessor] = {clock64(), ns};
+  }
+}
+
+void read_clock(int index, int which) {
+  KRAIT_CUDA(cudaSetDevice(index));
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  read_cycles<<<static_cast<unsigned>(blocks), 1024>>>(which);
+  KRAIT_CUDA(cudaGetLastError());
+  KRAIT_CUDA(cudaDeviceSynchronize());
+}
+
 }  // namespace
 }  // namespace krait::cuda
 
@@ -447,6 +478,22 @@ namespace krait {
 std::vector<Primitive> measure_primitives(int index) {
   KRAIT_CUDA(cudaSetDevice(index));
   return cuda::Primitives().run();
+}
+
+void start_core_clock(int index) { cuda::read_clock(index, 0); }
+
+double mean_core_clock(int index) {
+  cuda::read_clock(index, 1);
+  static cuda::Reading at[2][cuda::kMostMultiprocessors];
+  KRAIT_CUDA(cudaMemcpyFromSymbol(at, cuda::readings, sizeof at));
+  double cycles = 0;
+  double ns = 0;
+  for (int i = 0; i < cuda::kMostMultiprocessors; ++i) {
+    if (at[0][i].ns == 0 || at[1][i].ns <= at[0][i].ns) continue;
+    cycles += static_cast<double>(at[1][i].cycles - at[0][i].cycles);
+    ns += static_cast<double>(at[1][i].ns - at[0][i].ns);
+  }
+  return ns > 0 ? cycles / (ns * 1e-9) : 0;
 }
 
 }  // namespace krait

@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <map>
 #include <set>
+#include <thread>
 
 #include "kernels/ops.h"
 #include "support/test_support.h"
@@ -15,6 +17,7 @@ namespace {
 TEST(Primitives, NoDeviceIsAnError) {
   if (cuda_device_count() > 0) GTEST_SKIP() << "there is a device";
   EXPECT_TRUE(throws(ErrorKind::device, "", [] { (void)measure_primitives(0); }));
+  EXPECT_TRUE(throws(ErrorKind::device, "", [] { start_core_clock(0); }));
 }
 
 TEST(GpuPrimitives, AreMeasured) {
@@ -34,6 +37,14 @@ TEST(GpuPrimitives, AreMeasured) {
   EXPECT_EQ(of_unit.size(), 3U);
   EXPECT_GT(of_unit["GB/s"], 20.0);
   EXPECT_GT(of_unit["T/s"], 0.05);
+}
+
+TEST(GpuPrimitives, ClockOfTheCores) {
+  start_core_clock(0);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const double hz = mean_core_clock(0);
+  EXPECT_GT(hz, 0.1e9);
+  EXPECT_LT(hz, 5e9);
 }
 
 }  // namespace
