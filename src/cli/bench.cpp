@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <ctime>
 #include <limits>
 #include <map>
@@ -21,6 +22,7 @@
 #include "cli/console.h"
 #include "cli/plot.h"
 #include "cli/session.h"
+#include "kernels/primitives.h"
 
 namespace krait {
 
@@ -39,6 +41,7 @@ struct BenchFlags {
   float temperature = 0;
   int64_t n_gen = 128;
   int repetitions = 5;
+  double warm_up = 1;  ///< seconds, at least; up to twice as many
   bool no_ceilings = false;
   std::string output = "md";
   std::string plot;
@@ -52,35 +55,73 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// Fills in the row's seconds: `body`, `repetitions` times after a warm-up. Bodies shorter than
-/// kSample run several times for one repetition, so that the clock and the launch of the first
-/// kernel don't count. `body` returns the seconds until each sequence had its first token.
+struct WarmedUp {
+  double once;  ///< seconds of the shortest run
+  bool steady;
+};
+
+/// Runs `body` until the device works as it will go on working.
 ///
-/// The first bodies are no measure: kernels are loaded in the first and launches captured in the
-/// second. So there are at least kBodies of them, unless they are long, and the shortest says how
-/// long one takes.
+/// The first runs are no measure: kernels are loaded in the first and launches captured in the
+/// second. So there are kFirst of them, unless they are long. Then come windows, at least `least`
+/// seconds of them: a GPU that has idled, or did something lighter, runs heavy work at its highest
+/// clock until its limit of power takes hold. Where that limit rules, the clock goes on swinging by
+/// some percent around what the limit allows, about once a second on an H100: then the windows
+/// don't agree, however long one waits.
 template <typename F>
-void time(BenchRow& row, int repetitions, F&& body) {
-  constexpr double kWarmUp = 0.1;
-  constexpr double kLongWarmUp = 0.5;
-  constexpr int kBodies = 4;
-  constexpr double kSample = 0.02;
+WarmedUp warm_up(double least, F&& body) {
+  constexpr int kFirst = 4;
+  constexpr double kFirstSeconds = 0.1;
+  constexpr double kLong = 0.5;
+  constexpr double kWindow = 0.25;
+  constexpr size_t kWindows = 4;  // that must agree
+  constexpr double kAgree = 0.01;
+  constexpr double kMost = 2;
   double once = std::numeric_limits<double>::infinity();
-  double spent = 0;
-  for (int n = 0; spent < kWarmUp || (n < kBodies && spent < kLongWarmUp); ++n) {
+  const auto run = [&] {
     const auto start = Clock::now();
     body();
     const double took = seconds_since(start);
     once = std::min(once, took);
-    spent += took;
+    return took;
+  };
+  double spent = 0;
+  for (int n = 0; spent < kFirstSeconds || (n < kFirst && spent < kLong); ++n) spent += run();
+  if (spent >= kMost * least) return {once, true};
+
+  std::vector<double> windows;  // mean seconds of a run in each of the last
+  const auto agree = [&] {
+    return windows.size() == kWindows && relative_range(windows) <= kAgree;
+  };
+  for (spent = 0; spent < least || (spent < kMost * least && !agree());) {
+    double window = 0;
+    int n = 0;
+    for (; window < kWindow; ++n) window += run();
+    if (windows.size() == kWindows) windows.erase(windows.begin());
+    windows.push_back(window / n);
+    spent += window;
   }
-  const int times = std::max(1, static_cast<int>(kSample / once));
-  for (int r = 0; r < repetitions; ++r) {
+  return {once, agree()};
+}
+
+/// Fills in the row's seconds: `body`, `repetitions` times after a warm-up. A repetition takes in
+/// a pause of the host and, where the clock swings, its whole swing: with as many bodies as that
+/// needs. `body` returns the seconds until each sequence had its first token.
+template <typename F>
+void time(BenchRow& row, const BenchFlags& flags, bool gpu, F&& body) {
+  constexpr double kSteady = 0.2;
+  constexpr double kSwinging = 1;
+  const WarmedUp warm = warm_up(flags.warm_up, body);
+  const double sample = warm.steady ? kSteady : kSwinging;
+  const int times = std::max(1, static_cast<int>(std::ceil(sample / warm.once)));
+  for (int r = 0; r < flags.repetitions; ++r) {
     double first_token = 0;
+    if (gpu) start_core_clock(device_index(flags.device));
     const auto start = Clock::now();
     for (int i = 0; i < times; ++i) first_token += body();
     row.seconds.push_back(seconds_since(start) / times);
     if (row.test.n_prompt > 0) row.first_token.push_back(first_token / times);
+    if (gpu) row.clock.push_back(mean_core_clock(device_index(flags.device)));
   }
 }
 
@@ -109,7 +150,7 @@ class Runner {
     const std::vector<int32_t> ids =
         some_ids(t.n_batch * std::max<int64_t>(t.n_prompt, 1), model_.config().vocab_size);
     if (t.n_prompt == 0) start(engine, ids, 1);
-    time(row, flags_.repetitions, [&] {
+    time(row, flags_, op_.backend() != "cpu", [&] {
       double first_token = 0;
       if (t.n_prompt > 0) {
         const auto begin = Clock::now();
@@ -486,6 +527,12 @@ Command add_bench_command(CLI::App& app, CommonFlags& common) {
                            "Timed repetitions of each test (default 5)"))
       ->check(CLI::Range(1, 1 << 20))
       ->type_name("N");
+  with_env(sub->add_option("--warmup", flags->warm_up,
+                           "Seconds that each test runs before it is timed (default 1); twice as "
+                           "long where its speed keeps changing by more than 1%, and then a "
+                           "repetition lasts a second"))
+      ->check(CLI::Range(0.0, 3600.0))
+      ->type_name("SECONDS");
   with_env(sub->add_flag("--no-ceilings", flags->no_ceilings,
                          "Don't measure what the device can do; no share of the floor"));
   with_env(sub->add_option("-o,--output", flags->output, "md (default), json, jsonl or csv"))

@@ -37,6 +37,13 @@ std::vector<int64_t> nanoseconds(const std::vector<double>& seconds) {
   return ns;
 }
 
+std::vector<int64_t> megahertz(const std::vector<double>& hertz) {
+  std::vector<int64_t> mhz;
+  mhz.reserve(hertz.size());
+  for (const double f : hertz) mhz.push_back(std::llround(f / 1e6));
+  return mhz;
+}
+
 /// "2995 GB/s" of bytes per second, "771 TFLOP/s" of flops.
 std::string bandwidth(double v) {
   return v < 100e9 ? fmt::format("{:.1f} GB/s", v / 1e9) : fmt::format("{:.0f} GB/s", v / 1e9);
@@ -73,7 +80,7 @@ class MarkdownWriter final : public BenchWriter {
                                    fmt::format("{}", r.test.n_batch),
                                    r.test.name()};
     if (!r.error.empty()) {
-      cells.insert(cells.end(), {"failed", "", "", "", "", "", ""});
+      cells.insert(cells.end(), {"failed", "", "", "", "", "", "", ""});
       notes_.push_back(
           fmt::format("{}, batch {} of {}: {}.", r.test.name(), r.test.n_batch, m.name, r.error));
     } else {
@@ -103,23 +110,23 @@ class MarkdownWriter final : public BenchWriter {
     if (!d.driver.empty()) parts.push_back("driver " + d.driver);
     if (!d.clocks.empty()) parts.push_back(d.clocks);
     write_(fmt::format(
-        "krait {} ({}) on {}\n\nMedian of {} after a warm-up; spread: slowest to fastest. ms: a "
-        "step of tg, the whole of pp. GB/s and TFLOP/s by count (each weight read once a step, the "
-        "state "
-        "read and written).\n\n",
+        "krait {} ({}) on {}\n\nMedian of {} after a warm-up; spread: slowest to fastest; MHz: of "
+        "the cores. ms: a step of tg, the whole of pp. GB/s and TFLOP/s by count (each weight read "
+        "once a step, the state read and written).\n\n",
         version(), commit(), join(parts, "; "), machine_.repetitions));
     write_(
-        "| model | size | params | backend | dtype | state | batch | test | t/s | spread | ms | "
-        "first token ms | GB/s | TFLOP/s | of floor |\n");
+        "| model | size | params | backend | dtype | state | batch | test | t/s | spread | MHz | "
+        "ms | first token ms | GB/s | TFLOP/s | of floor |\n");
     write_(
         "| --- | ---: | ---: | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | "
-        "---: | ---: |\n");
+        "---: | ---: | ---: |\n");
   }
 
   void measured(const BenchRow& r, std::vector<std::string>& cells) {
     const double s = median(r.seconds);
     cells.push_back(fmt::format("{:.1f}", r.rate(s)));
     cells.push_back(percent(r.spread()));
+    cells.push_back(r.clock.empty() ? "" : fmt::format("{:.0f}", median(r.clock) / 1e6));
     cells.push_back(fmt::format("{:.3f}", s * 1e3 / static_cast<double>(r.test.n_timed())));
     cells.push_back(r.first_token.empty() ? ""
                                           : fmt::format("{:.2f}", median(r.first_token) * 1e3));
@@ -264,6 +271,7 @@ OrderedJson bench_json(const BenchMachine& machine, const BenchRow& row) {
   put("median_ms_per_step", true,
       [&] { return s * 1e3 / static_cast<double>(row.test.n_timed()); });
   put("first_token_ms", !row.first_token.empty(), [&] { return median(row.first_token) * 1e3; });
+  put("median_mhz", !row.clock.empty(), [&] { return std::llround(median(row.clock) / 1e6); });
   put("logits_hash", !row.logits_hash.empty(), [&] { return row.logits_hash; });
   put("bytes", row.work.has_value(), [&] { return row.work->bytes; });
   put("flops", row.work.has_value(), [&] { return row.work->flops(); });
@@ -277,6 +285,7 @@ OrderedJson bench_json(const BenchMachine& machine, const BenchRow& row) {
   put("ceiling_product_tflop_per_s", floor, [&] { return row.floor->product / 1e12; });
   j["samples_ns"] = nanoseconds(row.seconds);
   j["samples_ts"] = r;
+  j["samples_mhz"] = megahertz(row.clock);
   j["error"] = ok ? none : OrderedJson(row.error);
   return j;
 }

@@ -64,8 +64,9 @@ struct BenchRow {
   BenchTest test;
   std::vector<double> seconds = {};  ///< one for each repetition
   std::vector<double> first_token =
-      {};                         ///< seconds until each sequence had one; tests with a prompt
-  std::optional<Work> work = {};  ///< none where the test failed before
+      {};                          ///< seconds until each sequence had one; tests with a prompt
+  std::vector<double> clock = {};  ///< Hz of the device's cores in each; none on a CPU
+  std::optional<Work> work = {};   ///< none where the test failed before
   std::optional<BenchFloor> floor = {};  ///< none without ceilings
   std::string logits_hash = {};          ///< of the prompt's last token: equal for equal results
   std::string time = {};                 ///< when it was measured, UTC

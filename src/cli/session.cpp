@@ -24,15 +24,18 @@ const Tokenizer& Session::require_tokenizer() const {
   return *tokenizer;
 }
 
+int device_index(const DeviceFlags& flags) {
+  const size_t colon = flags.device.find(':');
+  return colon == std::string::npos
+             ? 0
+             : std::atoi(flags.device.c_str() + colon + 1);  // checked by CLI
+}
+
 std::unique_ptr<Ops> open_device(const DeviceFlags& flags) {
   if (flags.device == "cpu" || (flags.device == "auto" && cuda_device_count() == 0)) {
     return make_cpu_ops(flags.threads);
   }
-  const size_t colon = flags.device.find(':');
-  const int index = colon == std::string::npos
-                        ? 0
-                        : std::atoi(flags.device.c_str() + colon + 1);  // checked by CLI
-  return make_cuda_ops(index);
+  return make_cuda_ops(device_index(flags));
 }
 
 Session open_session(const ModelFlags& model, const DeviceFlags& device,

@@ -29,6 +29,9 @@ struct Session {
   [[nodiscard]] const Tokenizer& require_tokenizer() const;
 };
 
+/// N of --device cuda:N, else 0.
+[[nodiscard]] int device_index(const DeviceFlags& flags);
+
 /// The device of --device; "auto" is the first CUDA device where there is one.
 [[nodiscard]] std::unique_ptr<Ops> open_device(const DeviceFlags& flags);
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <chrono>
 #include <set>
 #include <sstream>
 
@@ -14,9 +15,10 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-/// A quick call without ceilings.
+/// What makes a call quick.
+const Args kQuick{"-r", "1", "--no-ceilings", "--warmup", "0"};
 Args quick(const Args& more) {
-  return Args{"bench", "--device", "cpu", "-m", tiny(), "-r", "1", "--no-ceilings"} + more;
+  return Args{"bench", "--device", "cpu", "-m", tiny()} + kQuick + more;
 }
 
 Json run_json(const Args& args, int exit_code = 0) {
@@ -34,7 +36,7 @@ std::vector<std::string> lines(const std::string& text) {
 
 TEST(Bench, JsonAddsUp) {
   const RunResult r = run_krait({"bench", "--device", "cpu", "-m", tiny(), "-p", "16,33", "-n", "8",
-                                 "-b", "1,3", "-r", "5", "-o", "json"});
+                                 "-b", "1,3", "-r", "5", "--warmup", "0", "-o", "json"});
   ASSERT_EQ(r.exit_code, 0) << r.err;
   const Json tests = Json::parse(r.out);
   ASSERT_EQ(tests.size(), 4U);
@@ -77,6 +79,8 @@ TEST(Bench, JsonAddsUp) {
     EXPECT_GT(t["load_seconds"].get<double>(), 0);
     EXPECT_FALSE(t["build_commit"].get<std::string>().empty());
     EXPECT_FALSE(t["cpu_info"].get<std::string>().empty());
+    EXPECT_TRUE(t["median_mhz"].is_null());  // of a GPU alone
+    EXPECT_EQ(t["samples_mhz"].size(), 0U);
     EXPECT_TRUE(t["error"].is_null());
   }
   // A prompt's time is the time to its first token; generating alone has none.
@@ -120,9 +124,10 @@ TEST(Bench, LogitsAreTheSameOnEachRun) {
 }
 
 TEST(Bench, ModelsAndTypesMultiply) {
-  const Json tests = run_json({"bench", "--device", "cpu", "-m", tiny(), "-m",
-                               golden("mamba1-hf-odd"), "--dtype", "f32,bf16", "--state-dtype",
-                               "f32,f16", "-p", "4", "-n", "2", "-r", "1", "--no-ceilings"});
+  const Json tests =
+      run_json(Args{"bench", "--device", "cpu", "-m", tiny(), "-m", golden("mamba1-hf-odd"),
+                    "--dtype", "f32,bf16", "--state-dtype", "f32,f16", "-p", "4", "-n", "2"} +
+               kQuick);
   ASSERT_EQ(tests.size(), 16U);
   std::set<std::string> kinds;
   for (const Json& t : tests) {
@@ -138,9 +143,7 @@ TEST(Bench, ModelsAndTypesMultiply) {
 }
 
 TEST(Bench, RowsSayHowTheStateIsRounded) {
-  const Args args{
-      "bench", "--device",      "cpu",           "-m",      tiny(), "-p", "0", "-n", "2", "-r",
-      "1",     "--no-ceilings", "--state-dtype", "f32,bf16"};
+  const Args args = quick({"-p", "0", "-n", "2", "--state-dtype", "f32,bf16"});
   const Json nearest = run_json(args);
   EXPECT_EQ(nearest[0]["state_rounding"], "");
   EXPECT_EQ(nearest[1]["state_rounding"], "nearest");
@@ -152,8 +155,8 @@ TEST(Bench, RowsSayHowTheStateIsRounded) {
 }
 
 TEST(Bench, MarkdownTable) {
-  const RunResult r =
-      run_krait({"bench", "--device", "cpu", "-m", tiny(), "-p", "8", "-n", "4", "-r", "2"});
+  const RunResult r = run_krait(
+      {"bench", "--device", "cpu", "-m", tiny(), "-p", "8", "-n", "4", "-r", "2", "--warmup", "0"});
   ASSERT_EQ(r.exit_code, 0) << r.err;
   EXPECT_THAT(r.out, HasSubstr("krait 0."));
   EXPECT_THAT(r.out, HasSubstr("CPU ("));
@@ -192,6 +195,16 @@ TEST(Bench, JsonLinesAndCsvSayTheSame) {
   EXPECT_THAT(rows[2], HasSubstr("\"tg4\""));
 }
 
+TEST(Bench, WarmsUpAsLongAsItIsTold) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point start = Clock::now();
+  EXPECT_EQ(run_json({"bench", "--device", "cpu", "-m", tiny(), "-p", "0", "-n", "4", "-r", "1",
+                      "--no-ceilings", "--warmup", "1"})
+                .size(),
+            1U);
+  EXPECT_GT(Clock::now() - start, std::chrono::seconds(1));
+}
+
 TEST(Bench, ZeroLeavesATestOut) {
   EXPECT_EQ(run_json(quick({"-p", "0", "-n", "4"})).size(), 1U);
   const RunResult r = run_krait(quick({"-p", "0", "-n", "0"}));
@@ -200,9 +213,10 @@ TEST(Bench, ZeroLeavesATestOut) {
 }
 
 /// 1048576 sequences of this shape take terabytes of state.
-const Args kTooLarge{
-    "bench", "--device", "cpu", "--random-weights", "130m", "--dtype", "bf16", "-p", "0", "-n",
-    "1",     "-r",       "1",   "--no-ceilings"};
+const Args kTooLarge =
+    Args{"bench", "--device", "cpu", "--random-weights", "130m", "--dtype", "bf16", "-p",
+         "0",     "-n",       "1"} +
+    kQuick;
 
 TEST(Bench, WhatDoesNotFitIsOneSentenceAndTheRestComes) {
   const RunResult r = run_krait(kTooLarge + Args{"-b", "1048576,1", "-o", "jsonl"});
@@ -223,8 +237,9 @@ TEST(Bench, WhatDoesNotFitIsOneSentenceAndTheRestComes) {
 }
 
 TEST(Bench, AModelThatIsNotThereIsOneSentenceAndTheRestComes) {
-  const RunResult r = run_krait({"bench", "--device", "cpu", "-m", "/no/such/model", "-m", tiny(),
-                                 "-p", "4", "-n", "2", "-r", "1", "--no-ceilings", "-o", "json"});
+  const RunResult r = run_krait(Args{"bench", "--device", "cpu", "-m", "/no/such/model", "-m",
+                                     tiny(), "-p", "4", "-n", "2", "-o", "json"} +
+                                kQuick);
   EXPECT_EQ(r.exit_code, 3) << r.err;
   EXPECT_THAT(r.err, HasSubstr("error: /no/such/model: "));
   EXPECT_EQ(Json::parse(r.out).size(), 2U);
@@ -291,7 +306,8 @@ TEST(Bench, Mistakes) {
                                                  {{"--dtype", "f32,f8"}, "f8"},
                                                  {{"--state-dtype", "auto"}, "auto"},
                                                  {{"-o", "xml"}, "xml"},
-                                                 {{"-b", "1,0"}, "0"}}) {
+                                                 {{"-b", "1,0"}, "0"},
+                                                 {{"--warmup", "-1"}, "-1"}}) {
     const RunResult r = run_krait(quick(args));
     EXPECT_EQ(r.exit_code, 2) << r.err;
     EXPECT_EQ(r.out, "");
@@ -309,6 +325,9 @@ TEST(Bench, GpuMeasuresAgainstItsCeilings) {
     EXPECT_THAT(t["driver"].get<std::string>(), HasSubstr("CUDA"));
     EXPECT_GT(t["share_of_floor"].get<double>(), 0.001);
     EXPECT_LT(t["share_of_floor"].get<double>(), 1.1);
+    EXPECT_EQ(t["samples_mhz"].size(), 3U);
+    EXPECT_GT(t["median_mhz"].get<int>(), 100);
+    EXPECT_LT(t["median_mhz"].get<int>(), 5000);
   }
 }
 
