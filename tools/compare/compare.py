@@ -203,11 +203,11 @@ def parse(argv):
     p.add_argument("--unit-seconds", type=float, default=120, help="time for one result before its system is given up")
     p.add_argument("-r", "--repetitions", type=int, default=3)
     p.add_argument("--rounds", type=int, default=1, help="times that the plan is run through; samples add up")
-    p.add_argument("--batches", type=numbers, help="of decode (default 1,8,64,256; on the CPU 1,8)")
-    p.add_argument("--prompts", type=numbers, help="of prefill (default 512,2048,8192,32768; on the CPU 512)")
+    p.add_argument("--batches", type=numbers, help="of decode (default 1,8,64,256; on the CPU 1,8); '': none")
+    p.add_argument("--prompts", type=numbers, help="of prefill (default 512,2048,8192,32768; on the CPU 512); '': none")
     p.add_argument("--gen", type=int, help="decode steps (default 128)")
     p.add_argument("--generate", type=numbers, default=GENERATE, metavar="P,N", help="of the paper's protocol")
-    p.add_argument("--generate-batches", type=numbers, default=GENERATE_BATCHES)
+    p.add_argument("--generate-batches", type=numbers, default=GENERATE_BATCHES, help="of that; '': none")
     p.add_argument("--llama-bench", help="path of llama-bench; llama-batched-bench lies beside it")
     p.add_argument("--gguf-dir", default=str(Path(tempfile.gettempdir()) / "krait-compare"),
                    help="where GGUF files of random weights are made and kept")
@@ -224,8 +224,10 @@ def parse(argv):
     for s in peers:
         if s.split(":")[0] not in SYSTEMS:
             p.error(f"no system is called {s}: one of {', '.join(SYSTEMS)}")
-    args.batches = args.batches or ((1, 8) if cpu else BATCHES)
-    args.prompts = args.prompts or ((512,) if cpu else PROMPTS)
+    if args.batches is None:
+        args.batches = (1, 8) if cpu else BATCHES
+    if args.prompts is None:
+        args.prompts = (512,) if cpu else PROMPTS
     args.gen = args.gen or (32 if cpu else 128)
     args.shown = argv
     args.date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")

@@ -81,6 +81,28 @@ def tables(rows):
     return text
 
 
+def least_leads(result):
+    """One line: where krait leads each peer by least. It is krait with the peer's type of state that counts, where
+    that was measured."""
+    by_test, least = {}, {}
+    for r in result["rows"]:
+        key = (r["shape"], r["kind"], r["batch"], r["n_prompt"], r["n_gen"])
+        by_test.setdefault(key, {})[r["system"]] = r
+    for found in by_test.values():
+        for system, r in found.items():
+            state = result["systems"].get(system, {}).get("state", "f32")
+            ours = [rate(found[s]) for s in (f"krait:bf16:{state}", "krait:bf16:f32") if s in found]
+            ours = [v for v in ours if v]
+            if system.startswith("krait") or not rate(r) or not ours:
+                continue
+            lead = (ours[0] / rate(r), f"{r['shape']}, {r['kind']}, {label(r['kind'], r)}")
+            least[system] = min(lead, least.get(system, lead))
+    if not least:
+        return ""
+    return ("Krait's least lead, with the peer's type of state where that was measured: " +
+            "; ".join(f"{NAMES.get(s, s)} {lead:.2f}x ({where})" for s, (lead, where) in least.items()) + ".\n")
+
+
 LEGEND = ("In brackets: krait's share of what the device allows (bytes and flops by count, at the ceilings "
           "measured in the same run); beside the others, how many times as fast krait's first column is.\n")
 
@@ -101,7 +123,7 @@ def report(result):
     if ceilings:
         text += (f"Ceilings: copy {ceilings['copy_gb_per_s']:,.0f} GB/s, read {ceilings['read_gb_per_s']:,.0f} "
                  f"GB/s, products {ceilings['product_tflop_per_s']:,.4g} TFLOP/s.\n")
-    text += "\n" + tables(result["rows"]) + LEGEND
+    text += "\n" + tables(result["rows"]) + LEGEND + least_leads(result)
     missing = [f"- {name}: {info['missing']}" for name, info in sorted(result["systems"].items())
                if "missing" in info]
     errors = {}

@@ -20,7 +20,7 @@ import readme_performance
 from peers.llama_cpp import LlamaCpp, batched_rows
 from plan import Test, make_plan
 from shapes import SHAPES
-from table import rate, report, tables
+from table import least_leads, rate, report, tables
 
 try:
     import gguf_random
@@ -77,6 +77,13 @@ class Table(unittest.TestCase):
         self.assertIn("copy 2,995 GB/s, read 3,042 GB/s, products 771.2 TFLOP/s", text)
         self.assertIn("- transformers: the Python module torch could not be imported", text)
         self.assertIn("- mamba_ssm, 2.8b, batch 64: out of memory", text)
+
+    def test_the_least_lead_is_of_the_same_state(self):
+        self.assertIn("mamba_ssm 2.00x (2.8b, decode, batch 1); Transformer (GPT-NeoX) 4.00x", least_leads(RESULT))
+        rows = RESULT["rows"] + [row("krait:bf16:bf16", seconds=[0.005])]
+        systems = {**RESULT["systems"], "mamba_ssm": {"state": "bf16"}}
+        self.assertIn("mamba_ssm 0.80x", least_leads({"systems": systems, "rows": rows}))
+        self.assertEqual(least_leads({"systems": {}, "rows": [row("mamba_ssm", error="no")]}), "")
 
     def test_nothing_measured_is_no_table(self):
         self.assertEqual(tables([row("mamba_ssm", error="no")]), "")
@@ -162,6 +169,12 @@ class LlamaCppRuns(unittest.TestCase):
             self.assertAlmostEqual(found[i]["seconds"][0], 0.001)
         self.assertIn("no row", found[2]["error"])
         self.assertIn("-ngl 99", found[0]["command"])
+
+    def test_batches_that_it_refuses_take_no_other_with_them(self):
+        self.program("llama-batched-bench")
+        found = self.measure([Test("130m", "decode", b, 0, 128) for b in (16, 1024, 256)])
+        self.assertNotIn("1024", found[2]["command"])
+        self.assertIn("-npl 1024 ", found[1]["command"])
 
     def test_decode_without_the_batched_program(self):
         found = self.measure([Test("130m", "decode", b, 0, 16) for b in (8, 1)])
@@ -308,6 +321,10 @@ class Run(unittest.TestCase):
         self.assertEqual(rows["krait:bf16:f32", "decode", 13]["error"], "it took too long")
         self.assertEqual(rows["krait:bf16:f32", "decode", 2]["error"], "it took too long")
         self.assertIn("seconds", rows["krait:bf16:f32", "prefill", 1])
+
+    def test_one_kind_alone(self):
+        _, _, result = self.compare("--batches", "1", "--prompts", "", "--generate-batches", "", "--peers", "none")
+        self.assertEqual({r["kind"] for r in result["rows"]}, {"decode"})
 
     def test_no_time_left(self):
         code, text, result = self.compare("--batches", "1", "--prompts", "64", "--peers", "none", "--seconds", "0")

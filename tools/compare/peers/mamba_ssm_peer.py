@@ -6,7 +6,7 @@ logits. Its state is of the weights' type, bf16.
 """
 
 from peers import Missing
-from peers.torch_support import TorchPeer, need, synchronize, timed
+from peers.torch_support import TorchPeer, need, synchronize, timed, warm_up
 
 START = 16   # prompt of the decode test
 
@@ -61,8 +61,7 @@ class MambaSsm(TorchPeer):
         def run():
             cache = InferenceParams(max_seqlen=t["n_prompt"] + 8, max_batch_size=1)
             return model(ids, inference_params=cache, num_last_tokens=1).logits
-        run()
-        run()
+        warm_up(self.device, run)
         return [timed(self.device, run) for _ in range(self.options["repetitions"])]
 
     def generate(self, model, t):
