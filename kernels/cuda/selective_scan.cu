@@ -12,8 +12,10 @@
 // warps, so no scheduler idles for another. In the registers that the sums leave, the decays and
 // addends of the warp's next unit appear, which mixes special functions with FMAs.
 //
-// How long a link of the chain takes, from one warp's handing on to the next one's, decides where a
-// block has few groups: nothing but the wait, a load, the chain and a store belongs between them.
+// A link of the chain, from one warp's handing on to the next one's, must be short where a block
+// has few groups: nothing but the wait, a load, the chain and a store belongs between them. So
+// short it doesn't bind: with barriers of the hardware for gates, or 6 turns for 8, the times stay
+// the same.
 //
 // 4 lanes share a channel and hold 4 of 16 states each; their shares of y are summed for 4 tokens
 // at a time by a transposition, after which each lane has the y of those tokens whose x, dt and z
