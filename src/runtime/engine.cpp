@@ -24,7 +24,7 @@ constexpr int64_t kLogitsBlockBytes = 16 << 20;
 constexpr int64_t kShortMost = 2048;
 // Tokens times d_model up to which the host may take longer to launch the kernels of a prefill than
 // a GPU takes to run them.
-constexpr int64_t kHostWork = 1024 * 768;
+constexpr int64_t kHostWork = int64_t{1024} * 768;
 
 /// The engine's memory besides state and weights, in the order of step_tensors().
 enum StepTensor : size_t {
