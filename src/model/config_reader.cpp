@@ -13,7 +13,7 @@ namespace krait {
 using Json = nlohmann::json;
 
 ConfigReader::ConfigReader(const Json& json, const std::string& where)
-    : json_(json), where_(where), layout_(Layout::state_spaces) {
+    : json_(json), where_(where) {
   // A model_type alone says Hugging Face too, so that what is missing is named by its key there.
   const bool other_width = find("d_model") != nullptr || find("dim") != nullptr;
   if (find("model_type") != nullptr && (find("hidden_size") != nullptr || !other_width)) {

@@ -58,7 +58,7 @@ class ConfigReader {
  private:
   const nlohmann::json& json_;
   const std::string& where_;
-  Layout layout_;
+  Layout layout_ = Layout::state_spaces;
 };
 
 }  // namespace krait
