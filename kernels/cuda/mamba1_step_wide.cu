@@ -879,13 +879,9 @@ __device__ __forceinline__ void update_state(const StepParams& p, Ring& ring, in
           to + (own.slot[seq] * static_cast<int64_t>(p.d_inner) + own.channels.begin + channel) *
                    row_bytes;
       const char* old = states + (seq * n + channel) * row_bytes + quarter * (row_bytes / 4);
-      if (p.state_type == DType::f32) {
-        y_share[j] = advance_state<float>(state, old, s, d, A, of_B, of_C);
-      } else if (p.state_type == DType::bf16) {
-        y_share[j] = advance_state<__nv_bfloat16>(state, old, s, d, A, of_B, of_C);
-      } else {
-        y_share[j] = advance_state<__half>(state, old, s, d, A, of_B, of_C);
-      }
+      with_state_type(p.state_type, [&](auto type) {
+        y_share[j] = advance_state<decltype(type)>(state, old, s, d, A, of_B, of_C);
+      });
     }
     const int seq = seq0 + quarter % kHere;
     const float z = to_float(from_float<T>(
