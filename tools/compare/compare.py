@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,7 +170,7 @@ class Comparison:
         measured = next((r for r in rows if r["system"].startswith("krait") and r.get("device")), {})
         about = {"date": self.args.date, "device": measured.get("device") or self.args.device,
                  "driver": measured.get("driver"), "clocks": measured.get("clocks"),
-                 "command": " ".join(["python3 tools/compare/compare.py", *self.args.shown]),
+                 "command": shlex.join(["python3", "tools/compare/compare.py", *self.args.shown]),
                  "seconds": self.args.seconds, "rounds": self.args.rounds}
         if measured.get("ceiling_copy_gb_per_s"):
             about["ceilings"] = {"copy_gb_per_s": measured["ceiling_copy_gb_per_s"],

@@ -325,6 +325,7 @@ class Run(unittest.TestCase):
     def test_one_kind_alone(self):
         _, _, result = self.compare("--batches", "1", "--prompts", "", "--generate-batches", "", "--peers", "none")
         self.assertEqual({r["kind"] for r in result["rows"]}, {"decode"})
+        self.assertIn("--prompts '' --generate-batches '' ", result["about"]["command"])   # can be run as it stands
 
     def test_no_time_left(self):
         code, text, result = self.compare("--batches", "1", "--prompts", "64", "--peers", "none", "--seconds", "0")
