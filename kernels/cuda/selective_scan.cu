@@ -5,16 +5,22 @@
 //   y  = (sum_n C * h + D * x) * silu(z)
 //
 // Serial in time is one FMA a token and state: the decays exp(dt * A) and what is added, dt * x *
-// B, don't depend on h. So warps take turns in time. A warp owns a unit, 8 tokens of a group of 8
-// channels: it makes all decays and addends of the unit in registers, waits for the h that the warp
-// with the unit before hands on through shared memory, runs the chain, hands h on itself, and sums
-// over the states, gates and stores while the next warps run theirs. Nothing else passes between
-// warps, so no scheduler idles for another. In the registers that the sums leave, the decays and
-// addends of the warp's next unit appear, which mixes special functions with FMAs.
+// B, don't depend on h. So warps take turns in time. A warp owns the 8 tokens of its turn for all
+// channels of the block, and does them in units, one group of 8 channels after the other: it makes
+// all decays and addends of a unit in registers, waits for the h of this group that the warp with
+// the turn before hands on through shared memory, runs the chain, hands h on itself, and sums over
+// the states and gates while the next warps run theirs. Nothing else passes between warps. In the
+// registers that the sums leave, the decays and addends of the warp's next unit appear, which mixes
+// special functions with FMAs.
+//
+// What a warp's units share is done once a round: B and C are made f32, and rows of x, dt, z and y
+// come and go in pieces of as many channels as the block has, so that no sector of memory is asked
+// for twice. Where the groups of a block each had warps of their own, a unit took a third more
+// accesses to shared memory, and L2 was busy for 71% of the time for 37%.
 //
 // A link of the chain, from one warp's handing on to the next one's, must be short where a block
-// has few groups: nothing but the wait, a load, the chain and a store belongs between them. So
-// short it hardly binds: with no waits at all 2048 channels would take 5% less.
+// has few groups: nothing but the wait, a load, the chain and a store belongs between them. A block
+// of one group takes about 156 cycles for it, one of two about 230.
 //
 // 4 lanes share a channel and hold 4 of 16 states each; their shares of y are summed for 4 tokens
 // at a time by a transposition, after which each lane has the y of those tokens whose x, dt and z
@@ -22,17 +28,18 @@
 //
 // Shapes   x, dt, z, y T [n_tok, d_inner]; B, C T [n_tok, d_state] views; A f32 [d_inner, d_state];
 //          ssm_state [slot, d_inner, d_state] in f32, bf16 or f16
-// Launch   grid (groups of 8 channels / n_group, n_seq), n_group * n_turn warps; choose_plan()
+// Launch   grid (groups of 8 channels / n_group, n_seq), n_turn warps; choose_plan()
 // Types    arithmetic f32. With 16-bit inputs exp is the special-function unit's (2 ulp); with f32
 //          inputs a polynomial (1 ulp), since a long memory adds up what a decay close to 1 is off.
 //          More than 16 states are done 16 at a time, unit by unit
 // Bytes    n_tok * d_inner * 4 * sizeof(T), and per block its share of B, C and the state
-// Roofline d_state + 3 special-function results per channel and token, and about 165 instructions
+// Roofline d_state + 3 special-function results per channel and token, and about 160 instructions
 //          of a thread: bound by both, not by bytes
 // Measured H100 80GB HBM3, bf16, 2048 tokens of one sequence, us at d_inner 1536, 2048, 3072, 4096
-//          and 5120 (tools/bench_ops): 38, 38, 56, 72 and 90. Special functions alone would need
-//          14, 19, 29, 38 and 48. At 5120 L1 with shared memory is busy for 79% of it, L2 for 71%
-//          and issue slots for 55%; no part, left out alone, makes 2048 or 5120 quicker by over 7%
+//          and 5120 (tools/bench_ops): 36, 36, 51, 65 and 81. Special functions alone would need
+//          14, 19, 29, 38 and 48. At 5120 L1 with shared memory is busy for 68% of it, L2 for 37%
+//          and issue slots for 58%; a third of the time warps stand at exponentials, whose queue
+//          is that of shared memory, too. 1536 channels fill only 96 of 132 multiprocessors
 // Same as  kernels/cpu; tests/ops
 #include <algorithm>
 #include <climits>
@@ -49,13 +56,12 @@ namespace {
 
 constexpr int kStates = 16;    // of a pass
 constexpr int kMaxWarps = 16;  // of a block
+constexpr int kMaxGroups = 5;  // of a block
 
 struct ScanShape {
   int d_inner;
   int d_state;
   int n_pass;                 // ceil(d_state / kStates)
-  int n_group;                // groups of channels of a block
-  int n_turn;                 // warps of a block that take turns with a group
   DType state;                // of ssm_state
   int64_t x, dt, z, y, B, C;  // elements from a row to the next
 };
@@ -183,67 +189,67 @@ __device__ __forceinline__ void sum_lanes(float (&v)[kTokens], int lane) {
   sum_round<1, 1>(v, lane);
 }
 
-/// Shared memory of a block, in bytes: for each warp what it has of its units, and for each warp
-/// and pass the h it hands on and the gate that says so.
+/// A unit, and shared memory of a block, in bytes: for each group what all warps need of it, then
+/// what each warp has of its own.
 template <typename T>
 struct Layout {
-  static constexpr int kAhead = 2;  // units of a warp on their way from memory
-  // Of a unit as it comes: rows of x, of dt, of z, then of B and of C
-  static constexpr int kRow = kChannels * static_cast<int>(sizeof(T));
+  static constexpr int kAhead = 2;  // rounds of a warp on their way
+  // As it comes: B, C, then rows of x, of dt, of z with all groups of the block. A sector of memory
+  // shall be 32 bytes here too, or it comes twice; and four tokens lie in different banks.
+  static constexpr int kRow = kChannels * static_cast<int>(sizeof(T));  // of a group
   static constexpr int kRowBC = kStates * static_cast<int>(sizeof(T));
-  static constexpr int kRawBC = kTokens * 3 * kRow;
-  static constexpr int kRaw = kRawBC + kTokens * 2 * kRowBC;
-  // In f32: (dt, dt * x), channel by channel; 16 bytes more spread the channels over the banks
-  static constexpr int kFineChannel = kTokens * 8 + 16;
+  static constexpr int kRawBC = kTokens * 2 * kRowBC;
+  // In f32: (dt, dt * x), channel by channel; 32 bytes more spread the channels over the banks
+  static constexpr int kFineChannel = kTokens * 8 + 32;
   static constexpr int kFine = kChannels * kFineChannel;
-  static constexpr int kBC = kTokens * kStates * 4;                // of B, and as much for C
-  static constexpr int kOfWarp = kFine + 3 * kBC + kAhead * kRaw;  // C twice
-  static constexpr int kCarried = kChannels * kStates * 4;         // of a warp and a pass
-  static_assert(kFine % 16 == 0 && kRaw % 16 == 0);
-  int carried, gates, end;
+  static constexpr int kBC = kTokens * kStates * 4;  // of B, and twice as much for C
+  static constexpr int kOwn = kFine + 3 * kBC;
+  // Of a group: A [channel][state], (dt_bias, D) of each channel, then by pass h as it is handed on
+  // by even and by odd turns, and of each turn the gate that says so
+  static constexpr int kEdges = kChannels * kStates * 4;
+  static constexpr int kCarried = kEdges + kChannels * 8;
+  static constexpr int kH = kChannels * kStates * 4;
+  static_assert(kCarried % 16 == 0);
+  static constexpr int kGates = kCarried + 2 * kH;  // of the first pass
+  static constexpr int kPass = 2 * kH + kMaxWarps * 8;
+  int pitch, of_array, of_round, of_group, own, of_warp;
 
-  __host__ __device__ constexpr Layout(int n_warp, int n_pass) {
-    carried = n_warp * kOfWarp;
-    gates = carried + n_warp * n_pass * kCarried;
-    end = gates + n_warp * n_pass * 8;
-  }
+  __host__ __device__ constexpr Layout(int n_group, int n_pass)
+      : pitch(((n_group * kRow + 31) / 32 | 1) * 32),
+        of_array(kTokens * pitch),
+        of_round(kRawBC + 3 * of_array),
+        of_group(kCarried + n_pass * kPass),
+        own(n_group * of_group),
+        of_warp(kOwn + kAhead * of_round + of_array) {}
+  [[nodiscard]] constexpr int bytes(int n_turn) const { return own + n_turn * of_warp; }
 };
 
-/// x, dt and z in the order in which a unit keeps them, each with its elements from row to row.
+/// Of a row's first byte from that of its sector.
 template <typename T>
-struct ChannelInput {
-  const T* of;
-  int64_t stride;
-};
-template <typename T>
-__device__ __forceinline__ ChannelInput<T> channel_input(const ScanPointers<T>& p,
-                                                         const ScanShape& shape, int array) {
-  return {array == 0   ? p.x
-          : array == 1 ? p.dt
-                       : p.z,
-          array == 0   ? shape.x
-          : array == 1 ? shape.dt
-                       : shape.z};
+__device__ __forceinline__ int shift_of(int e0) {
+  return e0 * static_cast<int>(sizeof(T)) % 32;
 }
 
-/// Copies of a warp's units on their way to shared memory, a lane's pieces of them.
-template <typename T>
-class RawUnits {
+/// Copies of the tokens of a warp's rounds on their way to shared memory, a lane's pieces of them:
+/// of 8 tokens at a time every fourth piece of a row.
+template <typename T, int kGroups>
+class RawRounds {
   using At = Layout<T>;
 
  public:
   __device__ __forceinline__ void begin(const ScanPointers<T>& p, const ScanShape& shape, int row,
-                                        int e0, int lane) {
-    const int64_t step = shape.n_turn * kTokens * int64_t{sizeof(T)};
+                                        int e0, int n_turn, int lane) {
+    const int64_t step = n_turn * kTokens * int64_t{sizeof(T)};
+    const int token = lane / 4;
+    const int e = e0 + lane % 4 * Vec16<T>::kSize;
+    shift_ = shift_of<T>(e0);
+    const T* const of[3] = {p.x + (row + token) * shape.x + e, p.dt + (row + token) * shape.dt + e,
+                            p.z + (row + token) * shape.z + e};
+    const int64_t stride[3] = {shape.x, shape.dt, shape.z};
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      const int at = min(i * 32 + lane, kPieces - 1);
-      const int array = at / (kTokens * kOfRow);
-      token_[i] = at / kOfRow % kTokens;
-      const auto [of, stride] = channel_input(p, shape, array);
-      from_[i] = reinterpret_cast<const char*>(of + (row + token_[i]) * stride + e0) +
-                 at % kOfRow * kPiece;
-      step_[i] = static_cast<int>(step * stride);
+    for (int i = 0; i < 3; ++i) {
+      from_[i] = reinterpret_cast<const char*>(of[i]);
+      step_[i] = static_cast<int>(step * stride[i]);
     }
 #pragma unroll
     for (int i = 0; i < kOfLaneBC; ++i) {
@@ -260,15 +266,24 @@ class RawUnits {
   /// The next of them, of which `left` tokens exist (less than 1: nothing); the rest becomes 0.
   __device__ __forceinline__ void request(char* to, int left, int lane) {
     if (left > 0) {
+      constexpr Layout<T> at(kGroups, 1);
+      const int token = lane / 4;
+      char* const rows = to + At::kRawBC + token * at.pitch + shift_ + lane % 4 * 16;
 #pragma unroll
-      for (int i = 0; i < kOfLane; ++i) {
-        const int at = i * 32 + lane;
-        if (at < kPieces) copy_async<kPiece>(to + at * kPiece, from_[i], token_[i] < left);
-        from_[i] += step_[i];
+      for (int column = 0; column < kOfRow; column += 4) {
+        if (column + lane % 4 < kOfRow) {
+#pragma unroll
+          for (int i = 0; i < 3; ++i) {
+            copy_async<16>(rows + i * at.of_array + column * 16, from_[i] + column * 16,
+                           token < left);
+          }
+        }
       }
 #pragma unroll
+      for (int i = 0; i < 3; ++i) from_[i] += step_[i];
+#pragma unroll
       for (int i = 0; i < kOfLaneBC; ++i) {
-        copy_async<16>(to + At::kRawBC + (i * 32 + lane) * 16, fromBC_[i], tokenBC_[i] < left);
+        copy_async<16>(to + (i * 32 + lane) * 16, fromBC_[i], tokenBC_[i] < left);
         fromBC_[i] += stepBC_[i];
       }
     }
@@ -276,22 +291,21 @@ class RawUnits {
   }
 
  private:
-  static constexpr int kPiece = 16;
-  static constexpr int kOfRow = At::kRow / kPiece;
-  static constexpr int kPieces = 3 * kTokens * kOfRow;
-  static constexpr int kOfLane = (kPieces + 31) / 32;
+  static constexpr int kOfRow = kGroups * At::kRow / 16;
   static constexpr int kOfRowBC = At::kRowBC / 16;
   static constexpr int kPiecesBC = 2 * kTokens * kOfRowBC;
   static constexpr int kOfLaneBC = kPiecesBC / 32;
-  static_assert(kPiecesBC % 32 == 0 && kPiece >= 8);
-  const char *from_[kOfLane], *fromBC_[kOfLaneBC];
-  int step_[kOfLane], stepBC_[kOfLaneBC];    // bytes to the warp's next unit
-  int token_[kOfLane], tokenBC_[kOfLaneBC];  // place in the unit
+  static_assert(kPiecesBC % 32 == 0);
+  const char *from_[3], *fromBC_[kOfLaneBC];
+  int step_[3], stepBC_[kOfLaneBC];  // bytes to the warp's next round
+  int tokenBC_[kOfLaneBC];           // place in the unit
+  int shift_;
 };
 
-/// The same without copies in the background, for any alignment and number of channels.
+/// The same without copies in the background, for any alignment and number of channels: a group's
+/// x, dt and z, and B and C of a pass.
 template <typename T>
-__device__ __forceinline__ void load_channels(char* to, const ScanPointers<T>& p,
+__device__ __forceinline__ void load_channels(char* to, int pitch, const ScanPointers<T>& p,
                                               const ScanShape& shape, int row, int left, int e0,
                                               int lane) {
   constexpr int kArray = kTokens * kChannels;
@@ -300,9 +314,11 @@ __device__ __forceinline__ void load_channels(char* to, const ScanPointers<T>& p
     const int array = at / kArray;
     const int t = at / kChannels % kTokens;
     const int e = e0 + at % kChannels;
-    const auto [of, stride] = channel_input(p, shape, array);
+    const T* const of = array == 0 ? p.x : array == 1 ? p.dt : p.z;
+    const int64_t stride = array == 0 ? shape.x : array == 1 ? shape.dt : shape.z;
     const bool there = t < left && e < shape.d_inner;
-    reinterpret_cast<T*>(to)[at] = there ? of[(row + t) * stride + e] : T(0.0F);
+    reinterpret_cast<T*>(to + at / kChannels * pitch)[at % kChannels] =
+        there ? of[(row + t) * stride + e] : T(0.0F);
   }
 }
 template <typename T>
@@ -321,48 +337,30 @@ __device__ __forceinline__ void load_states(char* to, const ScanPointers<T>& p,
   }
 }
 
-/// B and C of a unit, a lane's part on its way to f32.
+/// B and C of kTokens tokens to f32.
 template <typename T>
-struct States {
-  static constexpr int kSize = Vec16<T>::kSize;
-  static constexpr int kOfRow = kStates / kSize;
-  static constexpr int kOfB = kTokens * kOfRow;
-  static constexpr int kOfLane = 2 * kOfB / 32;
-  Vec16<T> v[kOfLane];
-
-  __device__ __forceinline__ void load(const char* raw, int lane) {
+__device__ __forceinline__ void convert_states(float* B, float* C, const char* raw, int lane) {
+  constexpr int kOfLane = kTokens * kStates / 4 / 32;  // of B and of C
+  Quad<T> in[2 * kOfLane];
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      v[i] = *reinterpret_cast<const Vec16<T>*>(raw + (i * 32 + lane) * 16);
-    }
+  for (int i = 0; i < 2 * kOfLane; ++i) {
+    in[i] = reinterpret_cast<const Quad<T>*>(raw)[i * 32 + lane];
   }
-  __device__ __forceinline__ void store(float* B, float* C, int lane) const {
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      const int at = i * 32 + lane;
-      float f[kSize];
-      unpack(f, v[i]);
-      float* to = (at < kOfB ? B : C) + at % kOfB * kSize;
-#pragma unroll
-      for (int j = 0; j < kSize; j += 4) {
-        *reinterpret_cast<float4*>(to + j) = {f[j], f[j + 1], f[j + 2], f[j + 3]};
-      }
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void unpack(float (&to)[kSize], const Vec16<T>& from) {
+  for (int i = 0; i < 2 * kOfLane; ++i) {
+    float4 out;
     if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) to[i] = from.v[i];
+      out = {in[i].v[0], in[i].v[1], in[i].v[2], in[i].v[3]};
     } else {
-      uint32_t two[kSize / 2];
-      memcpy(two, &from, sizeof two);
-#pragma unroll
-      for (int i = 0; i < kSize / 2; ++i) unpack_pair<T>(two[i], to[2 * i], to[2 * i + 1]);
+      uint32_t two[2];
+      memcpy(two, &in[i], sizeof two);
+      unpack_pair<T>(two[0], out.x, out.y);
+      unpack_pair<T>(two[1], out.z, out.w);
     }
+    float* const to = i < kOfLane ? B : C;
+    reinterpret_cast<float4*>(to)[i % kOfLane * 32 + lane] = out;
   }
-};
+}
 
 /// Stores v where `inside` holds, without a branch: those keep the work before it from overlapping.
 template <typename T>
@@ -392,32 +390,44 @@ __device__ __forceinline__ float decay(float v) {
 }
 
 /// kPlain: one pass does all states, rows can be copied in pieces and groups have all channels.
-template <typename T, bool kPlain>
+template <typename T, int kGroups, bool kPlain>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     selective_scan_kernel(ScanPointers<T> p, ScanShape shape) {
   using At = Layout<T>;
   extern __shared__ float4 shared_raw[];
   char* const s = reinterpret_cast<char*>(shared_raw);
   const int n_pass = kPlain ? 1 : shape.n_pass;
-  const int n_warp = static_cast<int>(blockDim.x) / 32;
-  const At at(n_warp, n_pass);
-  auto* const gates = reinterpret_cast<Gate*>(s + at.gates);
-  for (int i = static_cast<int>(threadIdx.x); i < n_warp * n_pass;
-       i += static_cast<int>(blockDim.x)) {
-    gates[i].open(1);
+  const int n_turn = static_cast<int>(blockDim.x) / 32;
+  const int first = static_cast<int>(blockIdx.x) * kGroups * kChannels;  // channel
+  const Layout<T> at(kGroups, n_pass);
+  {
+    const auto thread = static_cast<int>(threadIdx.x);
+    const auto threads = static_cast<int>(blockDim.x);
+    for (int i = thread; i < n_turn * kGroups * n_pass; i += threads) {
+      char* const of = s + i / n_pass % kGroups * at.of_group + i % n_pass * At::kPass;
+      reinterpret_cast<Gate*>(of + At::kGates)[i / n_pass / kGroups].open(1);
+    }
+    for (int i = thread; i < kGroups * kChannels; i += threads) {
+      const int e = min(first + i, shape.d_inner - 1);
+      char* const of = s + i / kChannels * at.of_group + At::kEdges;
+      reinterpret_cast<float2*>(of)[i % kChannels] = {p.dt_bias[e], p.D[e]};
+    }
+    if constexpr (kPlain) {
+      constexpr int kOfGroup = kChannels * kStates;
+      for (int i = thread; i < kGroups * kOfGroup; i += threads) {
+        const int n = i % kStates;
+        const int64_t from = int64_t{first + i / kStates} * shape.d_state + n;
+        reinterpret_cast<float*>(s + i / kOfGroup * at.of_group)[i % kOfGroup] =
+            n < shape.d_state ? p.A[from] * kLog2e : 0.0F;
+      }
+    }
   }
   __syncthreads();
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int turn = warp % shape.n_turn;
-  const int before = turn > 0 ? warp - 1 : warp + shape.n_turn - 1;  // the warp of the unit before
+  const int before = warp > 0 ? warp - 1 : n_turn - 1;  // the warp of the unit before
   const int state = state_of(lane);
   const int channel = channel_of(lane);
-  const int e0 = (static_cast<int>(blockIdx.x) * shape.n_group + warp / shape.n_turn) * kChannels;
-  if (e0 >= shape.d_inner) return;
-  // Lanes of channels past the last one do its work once more and keep it to themselves.
-  const bool exists = kPlain || e0 + channel < shape.d_inner;
-  const int e = exists ? e0 + channel : shape.d_inner - 1;
   const auto each_state = [&](int pass, auto f) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -425,28 +435,42 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
       if (n < shape.d_state) f(i, n);
     }
   };
-  float A[kHeld];
-  const auto load_A = [&](int pass) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) A[i] = 0.0F;
-    each_state(pass, [&](int i, int n) {
-      A[i] = p.A[static_cast<int64_t>(e) * shape.d_state + n] * kLog2e;
-    });
+  // Lanes of channels past the last one do its work once more and keep it to themselves.
+  const auto exists = [&](int g) {
+    return kPlain || first + g * kChannels + channel < shape.d_inner;
   };
-  load_A(0);
-  const float dt_bias = p.dt_bias[e];
-  const float D = p.D[e];
-  char* const own = s + warp * At::kOfWarp;
+  const auto channel_in = [&](int g) {
+    return int64_t{min(first + g * kChannels + channel, shape.d_inner - 1)};
+  };
+  const int quad = (channel * kLanes + state) * 16;  // of a group's states, in bytes
+  const char* const of_lane_A = s + quad;
+  float A[kHeld];
+  const auto load_A = [&](int g, int pass) {
+    if constexpr (kPlain) {
+      const float4 v = *reinterpret_cast<const float4*>(of_lane_A + g * at.of_group);
+      A[0] = v.x, A[1] = v.y, A[2] = v.z, A[3] = v.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) A[i] = 0.0F;
+      each_state(pass,
+                 [&](int i, int n) { A[i] = p.A[channel_in(g) * shape.d_state + n] * kLog2e; });
+    }
+  };
+  char* const own = s + at.own + warp * at.of_warp;
   char* const fine = own + channel * At::kFineChannel;
   auto* const B = reinterpret_cast<float*>(own + At::kFine);
   constexpr int kC = kTokens * kStates;
-  float* const C = B + kC;            // of even steps; of odd ones after it
-  const int of_lane = state * kHeld;  // its first B and C of a token
-  char* const raw = own + At::kFine + 3 * At::kBC;
-  const auto carried = [&](int of_warp, int pass) {
-    return reinterpret_cast<float4*>(s + at.carried + (of_warp * n_pass + pass) * At::kCarried) +
-           channel * kLanes + state;
+  const int of_lane = state * kHeld;  // its first B and C
+  char* const raw = own + At::kOwn;
+  // h goes from turn to turn through two places by turns; one turn alone needs one.
+  const auto carried = [&](int turn) {
+    return s + At::kCarried + (n_turn > 1 ? turn & 1 : 0) * At::kH + quad;
   };
+  char* const h_from = carried(before);
+  char* const h_to = carried(warp);
+  const auto place = [&](int g, int pass) { return g * at.of_group + pass * At::kPass; };
+  char* const gate_from = s + At::kGates + before * 8;
+  char* const gate_to = s + At::kGates + warp * 8;
 
   after_previous();
   const int seq = static_cast<int>(blockIdx.y);
@@ -454,73 +478,91 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   const int end = uniform(p.seq_start[seq + 1]);
   const int len = end - uniform(p.seq_start[seq]);
   if (slot < 0 || len == 0) return;
-  const int64_t row_of_state = (int64_t{slot} * shape.d_inner + e) * shape.d_state;
-  if (turn == 0) {
-    // As if handed on by the warp before.
+  const auto row_of_state = [&](int g) {
+    return (int64_t{slot} * shape.d_inner + channel_in(g)) * shape.d_state;
+  };
+  int row = end - len + warp * kTokens;
+  const int step = n_turn * kTokens;
+  int left = end - row;  // tokens from the unit's first to the last
+  // y of a round goes out in whole rows, a lane's pieces of them like those that come in.
+  char* const y_rows = raw + At::kAhead * at.of_round;
+  constexpr int kOfRow = kGroups * At::kRow / 16;
+  auto* y = reinterpret_cast<char*>(p.y + (row + lane / 4) * shape.y + first) + lane % 4 * 16;
+  const int64_t y_round = step * shape.y * int64_t{sizeof(T)};
+  RawRounds<T, kGroups> ahead;
+  if constexpr (kPlain) {
+    ahead.begin(p, shape, row, first, n_turn, lane);
+#pragma unroll
+    for (int i = 0; i < At::kAhead; ++i) {
+      ahead.request(raw + i * at.of_round, left - i * step, lane);
+    }
+  }
+  // The first h, as if handed on by the warp before the first one; by the last warps, which have
+  // the most time.
+  for (int g = n_turn - 1 - warp; g < kGroups; g += n_turn) {
     for (int pass = 0; pass < n_pass; ++pass) {
       float h[kHeld] = {};
       each_state(pass, [&](int i, int n) {
-        h[i] = load_state(p.ssm_state, shape.state, row_of_state + n);
+        h[i] = load_state(p.ssm_state, shape.state, row_of_state(g) + n);
       });
-      *carried(before, pass) = {h[0], h[1], h[2], h[3]};
-      gates[before * n_pass + pass].arrive(lane);
+      const int of = place(g, pass);
+      *reinterpret_cast<float4*>(carried(n_turn - 1) + of) = {h[0], h[1], h[2], h[3]};
+      reinterpret_cast<Gate*>(s + At::kGates + (n_turn - 1) * 8 + of)->arrive(lane);
     }
   }
-
-  int row = end - len + turn * kTokens;
-  const int step = shape.n_turn * kTokens;
-  int left = end - row;  // tokens from the unit's first to the last
   if (left <= 0) return;
-  T* y = p.y + (row + state) * shape.y + e;
-  RawUnits<T> ahead;
-  if constexpr (kPlain) {
-    ahead.begin(p, shape, row, e0, lane);
-#pragma unroll
-    for (int i = 0; i < At::kAhead; ++i) ahead.request(raw + i * At::kRaw, left - i * step, lane);
-  }
 
   // Of each unit, first, as long as others have their turns: dt, dt * x, B and C in f32 to shared
-  // memory. x and z stay in registers for y.
-  float x[kItems], z[kItems];
-  const auto stage = [&](int round, int at_row, int n_tok, int pass, float* to_C) {
-    char* const of_unit = raw + (kPlain ? round % At::kAhead * At::kRaw : 0);
+  // memory. D * x and z stay in registers for y.
+  float Dx[kItems], z[kItems];
+  const auto C_of = [&](int round, int pass) {
+    return B + kC + ((kPlain ? round : round * n_pass + pass) & 1) * kC;
+  };
+  const auto stage = [&](int round, int g, int pass, int at_row, int n_tok) {
+    char* const tokens = raw + (kPlain ? (round & 1) * at.of_round : 0);
+    const char* const of = tokens + At::kRawBC + state * at.pitch + g * At::kRow +
+                           shift_of<T>(first) +
+                           channel * static_cast<int>(sizeof(T));  // x of its first token
     if constexpr (kPlain) {
-      await_copies<At::kAhead - 1>();
+      if (g == 0) await_copies<At::kAhead - 1>();
     } else {
-      if (pass == 0) load_channels<T>(of_unit, p, shape, at_row, n_tok, e0, lane);
-      load_states<T>(of_unit + At::kRawBC, p, shape, at_row, n_tok, pass, lane);
+      if (pass == 0) {
+        load_channels<T>(tokens + At::kRawBC + shift_of<T>(first), at.pitch, p, shape, at_row,
+                         n_tok, first + g * kChannels, lane);
+      }
+      load_states<T>(tokens, p, shape, at_row, n_tok, pass, lane);
     }
     __syncwarp();
-    T raw_x[kItems], raw_dt[kItems], raw_z[kItems];
-    States<T> states;
-    const auto* of = reinterpret_cast<const T*>(of_unit) + state * kChannels + channel;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      raw_dt[i] = of[(kTokens + i * kLanes) * kChannels];
-      raw_x[i] = of[i * kLanes * kChannels];
-      raw_z[i] = of[(2 * kTokens + i * kLanes) * kChannels];
-    }
-    states.load(of_unit + At::kRawBC, lane);
+    if (!kPlain || g == 0) convert_states<T>(B, C_of(round, pass), tokens, lane);
     if (kPlain || pass == 0) {
+      const auto item = [&](int array, int i) {
+        return *reinterpret_cast<const T*>(of + array * at.of_array + i * kLanes * at.pitch);
+      };
+      const float2 edge =
+          *reinterpret_cast<const float2*>(s + At::kEdges + channel * 8 + g * at.of_group);
+      T raw_x[kItems], raw_dt[kItems], raw_z[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        x[i] = to_float(raw_x[i]);
-        z[i] = to_float(raw_z[i]);
-        const float dt = softplus(to_float(raw_dt[i]) + dt_bias);
-        *reinterpret_cast<float2*>(fine + (i * kLanes + state) * 8) = {dt, dt * x[i]};
+        raw_dt[i] = item(1, i);
+        raw_x[i] = item(0, i);
+        raw_z[i] = item(2, i);
       }
-      if (n_tok < kTokens) {
-        // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const int t = i * kLanes + state;
-          if (t >= n_tok) *reinterpret_cast<float2*>(fine + t * 8) = {0.0F, 0.0F};
-        }
+      for (int i = 0; i < kItems; ++i) {
+        const float x = to_float(raw_x[i]);
+        z[i] = to_float(raw_z[i]);
+        const float v = softplus(to_float(raw_dt[i]) + edge.x);
+        // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
+        const int t = i * kLanes + state;
+        const float dt = t < n_tok ? v : 0.0F;
+        *reinterpret_cast<float2*>(fine + t * 8) = {dt, dt * x};
+        Dx[i] = edge.y * x;
       }
     }
-    states.store(B, to_C, lane);
     __syncwarp();
-    if constexpr (kPlain) ahead.request(of_unit, n_tok - At::kAhead * step, lane);
+    if constexpr (kPlain) {
+      if (g + 1 == kGroups) ahead.request(tokens, n_tok - At::kAhead * step, lane);
+    }
   };
   // Then, in registers, the decays a and what is added, which the chain turns into h.
   float a[kTokens][kHeld], h[kTokens][kHeld];
@@ -539,102 +581,133 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
       h[t + i][3] = dx[i] * b[i].w;
     }
   };
-  stage(0, row, left, 0, C);
+  stage(0, 0, 0, row, left);
+  load_A(0, 0);
 #pragma unroll
   for (int t = 0; t < kTokens; t += 2) prepare(t);
 
-  bool last = false;
   float share[kTokens];
-#pragma unroll 2  // rings of two
-  for (int round = 0, pass = 0, q = 0; left > 0; ++q) {
-    const bool ends = kPlain || pass + 1 == n_pass;  // the last pass of the unit
-    const int next_pass = ends ? 0 : pass + 1;
-    const int next_left = ends ? left - step : left;
-    float this_x[kItems], this_z[kItems];
+#pragma unroll 1
+  for (int round = 0; left > 0; ++round) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) this_x[i] = x[i], this_z[i] = z[i];
-    const float* const of_C = C + q % 2 * kC + of_lane;
-    stage(round + 1, ends ? row + step : row, next_left, next_pass, C + (q + 1) % 2 * kC);
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll 1
+      for (int pass = 0; pass < n_pass; ++pass) {
+        const bool ends = kPlain || pass + 1 == n_pass;  // the last pass of the unit
+        const bool goes_on = ends && g + 1 == kGroups;   // the last unit of the round
+        const int next_pass = ends ? 0 : pass + 1;
+        const int next_g = goes_on ? 0 : ends ? g + 1 : g;
+        const int next_round = goes_on ? round + 1 : round;
+        const int next_left = goes_on ? left - step : left;
+        float this_Dx[kItems], this_z[kItems];
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) this_Dx[i] = Dx[i], this_z[i] = z[i];
+        const float* const of_C = C_of(round, pass) + of_lane;
+        stage(next_round, next_g, next_pass, goes_on ? row + step : row, next_left);
 
-    gates[before * n_pass + pass].wait(round);
-    const float4 from = *carried(before, pass);
-    float now[kHeld] = {from.x, from.y, from.z, from.w};
+        const int of = place(g, pass);
+        reinterpret_cast<const Gate*>(gate_from + of)->wait(round);
+        const float4 from = *reinterpret_cast<const float4*>(h_from + of);
+        float now[kHeld] = {from.x, from.y, from.z, from.w};
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
+        for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int n = 0; n < kHeld; ++n) now[n] = h[t][n] = fmaf(a[t][n], now[n], h[t][n]);
-    }
-    *carried(warp, pass) = {now[0], now[1], now[2], now[3]};
-    gates[warp * n_pass + pass].arrive(lane);
+          for (int n = 0; n < kHeld; ++n) now[n] = h[t][n] = fmaf(a[t][n], now[n], h[t][n]);
+        }
+        *reinterpret_cast<float4*>(h_to + of) = {now[0], now[1], now[2], now[3]};
+        reinterpret_cast<Gate*>(gate_to + of)->arrive(lane);
 
-    // The next warp has its turn. Shares of y, and in the same registers the next unit.
-    if constexpr (!kPlain) load_A(next_pass);
+        // The next warp has its turn. Shares of y, and in the same registers the next unit.
+        load_A(next_g, next_pass);
 #pragma unroll
-    for (int t = 0; t < kTokens; t += 2) {
+        for (int t = 0; t < kTokens; t += 2) {
 #pragma unroll
-      for (int i = t; i < t + 2; ++i) {
-        const float4 c = *reinterpret_cast<const float4*>(of_C + i * kStates);
-        float sum = c.x * h[i][0];
-        if (!kPlain && pass > 0) sum += share[i];
-        sum = fmaf(c.y, h[i][1], sum);
-        sum = fmaf(c.z, h[i][2], sum);
-        share[i] = fmaf(c.w, h[i][3], sum);
+          for (int i = t; i < t + 2; ++i) {
+            const float4 c = *reinterpret_cast<const float4*>(of_C + i * kStates);
+            float sum = c.x * h[i][0];
+            if (!kPlain && pass > 0) sum += share[i];
+            sum = fmaf(c.y, h[i][1], sum);
+            sum = fmaf(c.z, h[i][2], sum);
+            share[i] = fmaf(c.w, h[i][3], sum);
+          }
+          prepare(t);
+        }
+        if (ends) {
+          sum_lanes(share, lane);
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            const int t = i * kLanes + state;
+            const T v = from_float<T>((share[i] + this_Dx[i]) * silu(this_z[i]));
+            if constexpr (kPlain) {
+              *reinterpret_cast<T*>(y_rows + t * at.pitch + g * At::kRow +
+                                    channel * static_cast<int>(sizeof(T))) = v;
+            } else {
+              store_if(exists(g) && t < left, p.y + (row + t) * shape.y + first + channel, v);
+            }
+          }
+        }
       }
-      prepare(t);
     }
-    if (ends) {
-      sum_lanes(share, lane);
+    if constexpr (kPlain) {
+      __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        store_if(exists && i * kLanes + state < left, y + i * kLanes * shape.y,
-                 from_float<T>(fmaf(D, this_x[i], share[i]) * silu(this_z[i])));
+      for (int column = 0; column < kOfRow; column += 4) {
+        if (column + lane % 4 < kOfRow && lane / 4 < left) {
+          *reinterpret_cast<uint4*>(y + column * 16) = *reinterpret_cast<const uint4*>(
+              y_rows + lane / 4 * at.pitch + (column + lane % 4) * 16);
+        }
       }
-      y += step * shape.y;
-      row += step;
-      ++round;
-      last = left <= kTokens;
+      y += y_round;
     }
-    left = next_left;
-    pass = next_pass;
+    row += step;
+    left -= step;
   }
-  if (last && exists) {
-    for (int pass = 0; pass < n_pass; ++pass) {
-      const float4 v = *carried(warp, pass);
-      const float end_h[kHeld] = {v.x, v.y, v.z, v.w};
-      each_state(pass, [&](int i, int n) {
-        store_state(p.ssm_state, shape.state, row_of_state + n, end_h[i]);
-      });
+  if (left + step <= kTokens) {  // it had the last unit
+    for (int g = 0; g < kGroups; ++g) {
+      for (int pass = 0; pass < n_pass && exists(g); ++pass) {
+        const float4 v = *reinterpret_cast<const float4*>(h_to + place(g, pass));
+        const float end_h[kHeld] = {v.x, v.y, v.z, v.w};
+        each_state(pass, [&](int i, int n) {
+          store_state(p.ssm_state, shape.state, row_of_state(g) + n, end_h[i]);
+        });
+      }
     }
   }
 }
 
-/// How channels and turns are dealt to the blocks.
+/// Groups of channels of a block, and its warps, which take turns.
 struct Plan {
   int n_group, n_turn;
 };
 
-/// The plan of the least time by what was measured, in cycles of a unit (H100): the issue slots it
-/// takes, the least from one link of the chain to the next, what a warp needs from one of its units
-/// to the next, and what a block takes to begin and to end.
-Plan choose_plan(const ScanShape& shape, int64_t n_seq, int64_t length, int (*end)(int, int)) {
-  constexpr int64_t kIssue = 137, kLink = 290, kRound = 2000, kEnds = 6000;
+/// The plan of the least time by what was measured, in cycles (H100): what a unit takes of a
+/// multiprocessor, the least from one link of a group's chain to the next, what a warp needs from
+/// one of its units to the next, and what a block takes to begin and to end. `max_group` is the
+/// most groups of a block; `bytes_of` tells the shared memory of a plan.
+template <typename Bytes>
+Plan choose_plan(const ScanShape& shape, int64_t n_seq, int64_t length, int max_group,
+                 Bytes bytes_of) {
+  constexpr int64_t kUnit = 117, kLink = 156, kOwn = 1600, kEnds = 8000;
   const int64_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t groups = ceil_div(int64_t{shape.d_inner}, int64_t{kChannels});
   const int64_t units = ceil_div(length, int64_t{kTokens});
   Plan best{1, 1};
   int64_t best_cost = std::numeric_limits<int64_t>::max();
-  for (int n_group = 1; n_group <= kMaxWarps / 2; ++n_group) {
-    for (int n_turn = 1; n_group * n_turn <= kMaxWarps; ++n_turn) {
-      const int n_warp = n_group * n_turn;
-      const int bytes = end(n_warp, shape.n_pass);
+  for (int n_group = 1; n_group <= max_group; ++n_group) {
+    if (groups % n_group != 0) continue;
+    for (int n_turn = 1; n_turn <= kMaxWarps; n_turn += n_turn > 1 ? 2 : 1) {
+      const int bytes = bytes_of(n_group, n_turn);
       if (bytes > room) break;
       // Blocks of a multiprocessor. Those of 4, 8 .. warps share its schedulers evenly.
-      const int64_t together = n_warp % 4 == 0 ? std::min(kMaxWarps / n_warp, room / bytes) : 1;
-      const int64_t blocks = ceil_div(groups, int64_t{n_group}) * n_seq;
+      const int64_t together = n_turn % 4 == 0 ? std::min(kMaxWarps / n_turn, room / bytes) : 1;
+      const int64_t blocks = groups / n_group * n_seq;
       const int64_t on_one = std::min(together, ceil_div(blocks, n_sm));
-      const int64_t unit = std::max({kIssue * n_group * on_one, kLink, kRound / n_turn});
-      const int64_t cost = ceil_div(blocks, n_sm * together) * (unit * units + kEnds * on_one);
+      const int64_t busy = units * n_group * on_one * kUnit;
+      const int64_t chain = units * kLink;
+      const int64_t own = ceil_div(units, int64_t{n_turn}) * n_group * kOwn;
+      const int64_t cost =
+          ceil_div(blocks, n_sm * together) * (std::max({busy, chain, own}) + kEnds * on_one);
       if (cost <= best_cost) best = {n_group, n_turn}, best_cost = cost;
     }
   }
@@ -651,8 +724,6 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
     ScanShape shape{static_cast<int>(in.x.dim(1)),
                     d_state,
                     static_cast<int>(ceil_div(d_state, kStates)),
-                    0,
-                    0,
                     ssm_state.dtype,
                     in.x.row_stride,
                     in.dt.row_stride,
@@ -673,11 +744,6 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
                             ssm_state.data,
                             batch.seq_start.as<int32_t>(),
                             batch.slot.as<int32_t>()};
-    const Plan plan = choose_plan(shape, batch.n_seq, batch.max_len, [](int n_warp, int n_pass) {
-      return Layout<T>(n_warp, n_pass).end;
-    });
-    shape.n_group = plan.n_group;
-    shape.n_turn = plan.n_turn;
     const auto copies = [](const Tensor& of) {
       // Also, that 32 bits count the bytes from a unit to a warp's next.
       return reinterpret_cast<uintptr_t>(of.data) % 16 == 0 &&
@@ -685,17 +751,24 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
     };
     const bool plain = shape.n_pass == 1 && shape.d_inner % kChannels == 0 &&
                        d_state % Vec16<T>::kSize == 0 && copies(in.x) && copies(in.dt) &&
-                       copies(in.z) && copies(in.B) && copies(in.C);
-    auto* kernel = plain ? &selective_scan_kernel<T, true> : &selective_scan_kernel<T, false>;
-    const int n_warp = plan.n_group * plan.n_turn;
-    const auto shared = static_cast<size_t>(Layout<T>(n_warp, shape.n_pass).end);
-    KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)));
+                       copies(in.z) && copies(in.B) && copies(in.C) && copies(y);
+    const auto bytes_of = [&](int n_group, int n_turn) {
+      return Layout<T>(n_group, shape.n_pass).bytes(n_turn);
+    };
+    const Plan plan =
+        choose_plan(shape, batch.n_seq, batch.max_len, plain ? kMaxGroups : 1, bytes_of);
+    constexpr decltype(&selective_scan_kernel<T, 1, true>) kByGroups[kMaxGroups] = {
+        &selective_scan_kernel<T, 1, true>, &selective_scan_kernel<T, 2, true>,
+        &selective_scan_kernel<T, 3, true>, &selective_scan_kernel<T, 4, true>,
+        &selective_scan_kernel<T, 5, true>};
+    auto* const kernel = plain ? kByGroups[plan.n_group - 1] : &selective_scan_kernel<T, 1, false>;
+    const int bytes = bytes_of(plan.n_group, plan.n_turn);
+    KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const int64_t channels = int64_t{plan.n_group} * kChannels;
     const dim3 grid(static_cast<unsigned>(ceil_div(int64_t{shape.d_inner}, channels)),
                     static_cast<unsigned>(batch.n_seq));
-    launch("selective_scan", kernel, grid, static_cast<unsigned>(32 * n_warp), shared, stream, p,
-           shape);
+    launch("selective_scan", kernel, grid, static_cast<unsigned>(32 * plan.n_turn),
+           static_cast<size_t>(bytes), stream, p, shape);
   });
 }
 
