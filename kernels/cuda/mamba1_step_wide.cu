@@ -185,14 +185,6 @@ __device__ __forceinline__ int place(int d, int seq) {
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-/// Two barriers of them and the warp of empty_places(): it waits at the first, and arrives at the
-/// second without waiting.
-__device__ __forceinline__ void sync_after_u() {
-  asm volatile("bar.sync 2, %0;" ::"n"(kThreads + 32) : "memory");
-}
-__device__ __forceinline__ void sync_before_y() { meet<3, kThreads + 32>(true); }
-__device__ __forceinline__ void arrive_before_y() { meet<3, kThreads + 32>(false); }
-
 /// v, worked out anew wherever it is needed. What the compiler would otherwise prepare before the
 /// loop over the layers doesn't fit into registers, and local memory not into the L1 that the ring
 /// leaves.
@@ -266,6 +258,12 @@ __device__ __forceinline__ uint32_t small_full(int l) {
   return shared_address(shared_at(16 * kRingPieces + 8 * (l % 2)));
 }
 __device__ __forceinline__ uint32_t small_empty(int l) { return small_full(l) + 16; }
+/// Those of the consumers and the warp of empty_places(), who wait for each other once a layer: u
+/// has been read, and the places are empty.
+__device__ __forceinline__ uint32_t u_read() {
+  return shared_address(shared_at(16 * kRingPieces + 32));
+}
+__device__ __forceinline__ uint32_t places_empty() { return u_read() + 8; }
 __device__ __forceinline__ const char* small_of(const StepParams& p, int l) {
   return shared_at(p.at.small + l % 2 * p.at.small_bytes);
 }
@@ -409,7 +407,7 @@ __device__ void empty_places(const StepParams& p) {
   const int64_t squares_at = y_at + int64_t{16} * p.d_inner;
 #pragma unroll 1
   for (int l = 0; l < p.n_layer; ++l) {
-    sync_after_u();
+    mbarrier_wait(u_read(), l % 2);
     char* buffer = buffer_of(p, l + 1);
     const auto empty = [&](char* places, const Run& run) {
       for (int i = lane; i < run.n / 2 * B; i += 32) {
@@ -423,7 +421,8 @@ __device__ void empty_places(const StepParams& p) {
               kAbsent);
     }
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    arrive_before_y();
+    __syncwarp();
+    if (warp_arrives()) mbarrier_arrive(places_empty());
   }
 }
 
@@ -698,7 +697,8 @@ __device__ __forceinline__ void store_low(const StepParams& p, int seq, int j, f
 /// dt_low, B and C from the sums over all blocks; the warps divide them by sequence. A thread has
 /// seen those up to the layer before.
 template <typename T, int B, int kSums>
-__device__ __forceinline__ void read_dbc(const StepParams& p, unsigned long long (&seen)[kSums]) {
+__device__ __forceinline__ void read_dbc(const StepParams& p, int l,
+                                         unsigned long long (&seen)[kSums]) {
   constexpr int kStride = kThreads / B;
   const Thread t;
   const int J = anew(p.n_proj);
@@ -745,7 +745,8 @@ __device__ __forceinline__ void read_dbc(const StepParams& p, unsigned long long
       dbc[seq * J + j] = v;
     }
   }
-  sync_before_y();
+  consumers_sync();
+  mbarrier_wait(places_empty(), l % 2);
   if (p.mixer_eps > 0.0F) {  // Falcon-Mamba: dt_low, B and C each by its root mean square
 #pragma unroll 1
     for (int unit = t.warp; unit < 3 * B; unit += kWarps) {
@@ -949,7 +950,9 @@ __device__ void consume(const StepParams& p) {
       multiply<T, B, kSpans>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l));
       squares.finish(p);
     }
-    sync_after_u();
+    __syncwarp();
+    if (warp_arrives()) mbarrier_arrive(u_read());
+    consumers_sync();
     mbarrier_wait(small_full(l), static_cast<uint32_t>(l / 2) % 2);
     {
       const Thread t;
@@ -972,7 +975,7 @@ __device__ void consume(const StepParams& p) {
     multiply<T, B, kSpans>(ring, own_of(p).channels.n, D, v, shares_of<B>(p, l + 1));
 
     // 2
-    read_dbc<T, B>(p, seen);
+    read_dbc<T, B>(p, l, seen);
     if (own_of(p).channels.n > 0) {
       update_state<T, B>(p, ring, l, shares_of<B>(p, l + 1), y_of(l));
     }
@@ -1043,6 +1046,8 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       mbarrier_init(small_full(i), 1);
       mbarrier_init(small_empty(i), kWarps * kWarpArrivals);
     }
+    mbarrier_init(u_read(), kWarps * kWarpArrivals);
+    mbarrier_init(places_empty(), kWarpArrivals);
     for (int i = 0; i < kRingPieces; ++i) {
       mbarrier_init(ring.full_at(i), 1);
       mbarrier_init(ring.empty_at(i), kWarps * kWarpArrivals);
@@ -1140,7 +1145,7 @@ template <int B>
 bool lay_out(StepParams& p, int spans) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  int next = 2 * 8 * kRingPieces + 32;
+  int next = 2 * 8 * kRingPieces + 48;
   const auto place = [&](int bytes) {
     const int here = next;
     next += round_up(bytes, 16);
