@@ -272,7 +272,7 @@ TEST_P(LinearSoon, IsLinearOnceItIsSettled) {
   EXPECT_TRUE(close_to(d.read(later), d.read(want_later), 4 * tolerance(T)));
 }
 
-OPS_TEST_BACKENDS(LinearSoon, ::testing::Values(3, 24, 100, 200));
+OPS_TEST_BACKENDS(LinearSoon, ::testing::Values(3, 24, 80, 100, 200));
 
 TEST(LinearCpu, WrongShapesAreRefused) {
   for (const Backend b : {Backend::plain, Backend::fast}) {
