@@ -55,7 +55,7 @@ constexpr int64_t kAsideRows = 16;
 /// And in steps up to so many rows, where products are bound by their weights: beyond, the later
 /// part takes the multiprocessors from the short products that it should run beside. H100, 2.8b, 16
 /// layers, bf16: divided, steps of 128 sequences 3.5% longer, of 256 5.5%, of 512 1.7%, of 1024 0
-/// to 0.8%. Not measured between 64 and 128 rows, for f32 weights, and on other GPUs.
+/// to 0.8%; between 64 and 128 not measured.
 constexpr int64_t kAsideStep = 96;
 /// And of prompts up to so many rows. H100, 2.8b: 16 tokens 1.6% shorter, 64 5%, 128 4%; 256 3% and
 /// 512 2% longer.
@@ -191,7 +191,7 @@ class CudaOps final : public Ops {
                    const Tensor& bias, const Batch& batch) override {
     const int64_t n_later = out.dim(1) - n_soon;
     if (!in_step_ || settling_ || in.dim(0) < kAsideRows || W.bytes() < kAsideBytes ||
-        in.dim(0) > most_aside(W, batch)) {
+        in.dim(0) > (batch.max_len > 1 ? kAsidePrompt : kAsideStep)) {
       return linear(out, in, W, bias);
     }
     const auto part = [&](int64_t begin, int64_t n, cudaStream_t stream) {
@@ -416,14 +416,6 @@ class CudaOps final : public Ops {
       throw;
     }
     in_step_ = false;
-  }
-
-  /// Rows of a product up to which it is divided.
-  static int64_t most_aside(const Tensor& W, const Batch& batch) {
-    if (batch.max_len > 1) return kAsidePrompt;
-    const bool measured =
-        itemsize(W.dtype) == 2 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-    return measured ? kAsideStep : std::numeric_limits<int64_t>::max();
   }
 
   /// Blocks of our own product of so many rows. One of them fills the shared memory of a
