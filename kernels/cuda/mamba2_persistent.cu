@@ -1,4 +1,4 @@
-// mamba2_persistent.cu - a decode step of a whole Mamba-2 model for one sequence or two, in one
+// mamba2_persistent.cu - a decode step of a whole Mamba-2 model for up to four sequences, in one
 // launch.
 //
 // As in mamba1_step.cu one block per SM stays for the whole step. Its producer warp walks through
@@ -18,8 +18,11 @@
 //
 // Exchanges. What is exchanged says itself whether it is there: a f32 whose last bit is the parity
 // of the layer. What goes into a norm is multiplied by the norm's weights by its owner, and each
-// block publishes the sum of the squares of its own part a little later; readers multiply by the
-// scale when the product is done. (With several groups, or f16, which could overflow, before it.)
+// block publishes the sum of the squares of its own part a little later, of v for each group of
+// channels by itself. A warp, the scout, awaits the squares while the others await what they are
+// of; a block multiplies by the scale when the product is done. (With several groups, each of which
+// has its own, or f16, which could overflow, before it.) Looks that come too soon hold up what they
+// look for: the scout's first is late, too.
 //   Each place is written again one layer later, when everybody has read it: who publishes its part
 // of v has seen the squares of the residual from all blocks, which every block publishes after all
 // its warps have read v of the layer before; who publishes its part of the residual has seen the
@@ -33,28 +36,28 @@
 // are there.
 //
 // Products: 8 rows of a weight on the tensor cores (mma.m16n8k16, the weights in place of B). The
-// same column of all rows lies in the same banks. So of the 128 bytes of a span a warp takes 16
-// bytes of each row, from row to row the next ones, and multiplies them by 8 rows of A that are v,
-// turned in the same way; the diagonal of the result is what is wanted. The other 8 rows of A are
-// another sequence. A warp has the spans warp + 16 i of every matrix, so what it gathers of the
+// same column of all rows lies in the same banks. So of the 128 bytes of a span a warp takes one
+// half of the even rows while it takes the other of the odd ones, and multiplies them by 16 rows of
+// A: a half of up to 8 sequences each, in v in the order in which lanes take them. Half of the
+// result is wanted. A warp has the spans warp + 16 i of every matrix, so what it gathers of the
 // residual or v it needs alone. The warps' shares are summed through shared memory; all consumers
 // meet twice a layer, else only those wait who sum up.
 //
 // As little as can be is kept in local memory: while weights stream, a load that misses L1 takes 2
 // microseconds. So what a block knows lies in shared memory, at fixed places.
 //
-// Launch   cooperative, one block per SM: 16 consumer warps and the producer
+// Launch   cooperative, one block per SM: 16 consumer warps, producer and scout
 // Needs    sm_90 (bulk copies), d_state 128, d_conv 4, sizes as in supports() and lay_out(); else
 //          the verbs
 // Memory   besides the weights: the small parameters of each block side by side
 // Errors   what is no number stays none
 // Bytes    the weights, and state read and written, once
-// Measured H100 80GB HBM3, bf16, f32 state, tokens/s, in brackets the form before, with a copy of
-//          up to 1,536 columns of a row, in the same run: batch 1 mamba2-2.7b 480 (420), with bf16
-//          state 497, 1.3b 936 (800), 780m 1,277 (1,090), 370m 1,700 (1,669), 130m 3,511 (3,620);
-//          batch 2 2.7b 850 (816). At batch 4, where a product loads four sequences' turns of v
-//          anew for each 8 rows, 1,173, the verbs 1,278. 2.7b with pieces of 20 KB 2 to 4% slower,
-//          of 10 KB 3 to 6%, of 80 KB 8%; with 60, 80, 100 KB on their way (20 KB each) 8, 10, 13%
+// Measured H100 80GB HBM3, bf16, f32 state, tokens/s at batch 1: mamba2-2.7b 487, the scout's first
+//          look 700 cycles sooner 482, at once 464. 16 layers of codestral-mamba-7b: 713, with
+//          pieces of 40 KB 693, with 70 KB on their way 701, without a scout 681, nobody waiting
+//          for anybody 702, and 742 with 100 KB on their way, which delay the exchanges too much
+//          (691). 2.7b, in an earlier form: pieces of 20 KB 2 to 4% slower, of 80 KB 8%; with 60,
+//          80, 100 KB on their way (20 KB each) 8, 10, 13%
 // Same as  the verbs, one by one, as Mamba2::forward calls them; tests/unit/mamba2_step_test.cpp
 #include <algorithm>
 
@@ -71,9 +74,12 @@ namespace {
 
 constexpr int kWarps = 16;  // consumers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostBatch = 2;
-constexpr int kMinWidthOfSeveral = 1536;  // d_model, below which several sequences take the verbs
-constexpr int kWideModel = 1536;          // d_model, from which on waits are longer
+constexpr int kAllThreads = kThreads + 64;  // with the producer and the scout
+constexpr int kLooks = 10;                  // of a lane of the scout at once
+constexpr int kMostBatch = 4;
+constexpr int kMinWidthOfTwo = 1536;   // d_model, below which two sequences take the verbs
+constexpr int kMinWidthOfFour = 2560;  // three or four: as measured, down to here
+constexpr int kWideModel = 1536;       // d_model, from which on waits are longer
 constexpr int kMaxGroups = 8;
 constexpr int kMaxBlocks = 256;
 constexpr int kState = 128;  // d_state
@@ -85,13 +91,13 @@ constexpr int kWarpPitch = 64 + 2;  // of the warps' shares of a sum, in floats
 constexpr int kGroupShares = kWarps * kWarpPitch;
 constexpr int kRows = 8;              // of a weight that the tensor cores take at once
 constexpr int kSpan = 64;             // neighbouring columns of a warp, 128 bytes of each row
-constexpr int kModelSpans = 3;        // of a warp in a vector of d_model, at most
-constexpr int kInnerSpans = 5;        // of d_inner
+constexpr int kKeptSpans = 5;         // of a vector, in a warp's registers during a product
 constexpr int kMostPiece = 40 << 10;  // bytes of a matrix that one copy brings
+constexpr int kWideRow = 12 << 10;    // bytes, from which on copies bring half as much
 // Bytes of a block on their way at once: more of them delay what the blocks exchange.
 constexpr int kMostFlying = 50 << 10;
-constexpr int kHeadRows = 64;  // of the vocabulary before a sum over the warps
 constexpr int kRound = kWarps * kSpan;
+constexpr int kMostColumns = 8 * kRound;  // what gather() takes
 
 /// Whole rows of n_columns that one copy brings; they divide kRows.
 __host__ __device__ constexpr int rows_at_once(int piece_bytes, int n_columns) {
@@ -112,6 +118,7 @@ enum RowParam { kOutBias, kNextNorm, kRowParams };
 
 /// Where what has no fixed place lies in shared memory, in bytes; pitches in elements.
 struct Layout {
+  int shares[4];  // of the warps in the sums of a Product
   int v_pitch, table, small, small_bytes, windows, side_windows, ring, ring_bytes, piece_bytes;
 };
 
@@ -139,7 +146,9 @@ struct StepParams {
   DType state_type;
   int most_channels, most_sides, most_rows;
   int window_pitch, side_window_pitch;  // of what the convolution remembers, elements
-  unsigned residual_late, v_late;       // cycles before the first look at them
+  int head_rows;                        // of the vocabulary before a sum over the warps
+  // Cycles before the first look at them.
+  unsigned residual_late, v_late, squares_late;
   Layout at;
 };
 
@@ -157,6 +166,8 @@ struct Owned {
 template <int B>
 struct Shared {
   uint64_t full[kRingPieces], empty[kRingPieces], small_full[2], small_empty[2];
+  // Of the squares of the residual and of v: the own ones are published; the scales are known.
+  uint64_t published[2], known[2];
   int held[kRingPieces];
   Owned own;
   float* set;                          // of places for exchanges
@@ -168,12 +179,11 @@ struct Shared {
   float squares[B][2][kWarps];
   float scale[B];                 // of the norm of the residual
   float v_scale[B * kMaxGroups];  // [B][n_group] of that of v
-  // Of the products with the rows of B, C, dt, of x, of z, of out_proj.
-  alignas(16) float shares[4][B * kGroupShares];
 };
 template <int B>
 constexpr int kSharedBytes = (static_cast<int>(sizeof(Shared<B>)) + 127) / 128 * 128;
-enum Product { kSides, kX, kZ, kOut };
+enum Norm { kOfResidual, kOfV };
+enum Product { kSides, kX, kZ, kOut };  // with the rows of B, C, dt, of x, of z, of out_proj
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
@@ -188,6 +198,11 @@ __device__ __forceinline__ int thread() {
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
+__device__ __forceinline__ void wait_cycles(unsigned n) {
+  const auto begin = static_cast<unsigned>(clock());
+  while (static_cast<unsigned>(clock()) - begin < n) {
+  }
+}
 /// Barriers at which only the first warps wait: those that sum up what all have written. Between
 /// two uses of one of them all consumers meet.
 enum Gate { kSideGate = 2, kRowGate, kSquaresGate, kRowSquaresGate };
@@ -197,12 +212,22 @@ template <typename T, int B>
 struct Block {
   const StepParams& p;
   Shared<B>& s;
-  T* v;  // [B][v_pitch] permuted: what products take. A warp touches its own columns only
+  // [B][v_pitch]: what products take. A warp touches its own columns only. Each 8 values are 4 of
+  // the first half of a span and 4 of the second, by pairs in turn: first those of which the column
+  // has no 4 among its bits, then the others.
+  T* v;
   const StepLayer* layers;
-  char* small;    // [2][small_bytes]: records and windows of two layers in turn
+  char* memory;   // shared
   unsigned live;  // bit n: there is a sequence n
 
   __device__ bool lives(int seq) const { return B == 1 || (live >> seq & 1) != 0; }
+  /// Records and windows of a layer; two take turns.
+  __device__ char* small(int layer) const {
+    return memory + p.at.small + layer % 2 * p.at.small_bytes;
+  }
+  __device__ float* shares(Product product) const {
+    return reinterpret_cast<float*>(memory + p.at.shares[product]);
+  }
 };
 
 /// A run of n 16-bit values from element `first` on, with the 16-byte lines that it lies in.
@@ -233,7 +258,7 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
     const StepLayer& w = b.layers[l];
     const uint32_t full = shared_address(&b.s.small_full[l % 2]);
     mbarrier_wait(shared_address(&b.s.small_empty[l % 2]), static_cast<uint32_t>(l / 2 + 1) % 2);
-    const uint32_t small = shared_address(b.small) + l % 2 * p.at.small_bytes;
+    const uint32_t small = shared_address(b.small(l));
     if (lane == 0) {
       mbarrier_expect(
           full, p.record * 4 + __popc(b.live) * (kConv - 1) * (x_lines.bytes + side_lines.bytes));
@@ -279,19 +304,19 @@ __device__ void produce(const Block<T, B>& b, WeightRing ring) {
 // ---- exchanges ----------------------------------------------------------------------------------
 
 /// v = the columns of a vector of `length` that the warp multiplies with, of all sequences, as soon
-/// as they are published, times factor(seq, column). Looks that come too soon are in the way of
-/// what they look for, and of the weights: the first is `late` cycles from now.
-template <typename T, int B, typename Factor>
+/// as they are published, times factor(seq, column) once before() is done. Looks that come too soon
+/// are in the way of what they look for, and of the weights: the first is `late` cycles from now.
+template <typename T, int B, typename Before, typename Factor>
 __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, int length,
-                                       unsigned parity, unsigned late, Factor factor) {
-  const auto begin = static_cast<unsigned>(clock());
-  while (static_cast<unsigned>(clock()) - begin < late) {
-  }
+                                       unsigned parity, unsigned late, Before before,
+                                       Factor factor) {
+  wait_cycles(late);
   const int lane = thread() % 32;
   const int warp = thread() / 32;
   constexpr int kStride = 2 * kRound;
   const int column = (warp + kWarps * (lane / 16)) * kSpan + lane % 16 * 4;
-  T* to = b.v + column;
+  const int four = lane % 16;  // of the 16 of a span
+  T* to = b.v + (column - four * 4) + four % 2 * 32 + four % 8 / 2 * 8 + four / 8 * 2;
 #pragma unroll 1
   for (int seq = 0; seq < B; ++seq) {
     if (!b.lives(seq)) continue;
@@ -314,135 +339,163 @@ __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, 
         any |= v.x | v.y | v.z | v.w;
       }
     } while (__any_sync(0xffffffffU, ((all ^ parity) | (any ^ parity)) & 1));
+    before();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (!wanted[j]) continue;
       const float f = factor(seq, column + j * kStride);
-      T* at = to + seq * b.p.at.v_pitch + j * kStride;
-      *reinterpret_cast<Quad<T>*>(at) = {
-          from_float<T>(value_of(word[j].x) * f), from_float<T>(value_of(word[j].y) * f),
-          from_float<T>(value_of(word[j].z) * f), from_float<T>(value_of(word[j].w) * f)};
+      auto* at = reinterpret_cast<uint32_t*>(to + seq * b.p.at.v_pitch + j * kStride);
+      at[0] = pack<T>(value_of(word[j].x) * f, value_of(word[j].y) * f);
+      at[2] = pack<T>(value_of(word[j].z) * f, value_of(word[j].w) * f);
     }
   }
   __syncwarp();
 }
 
 /// scale[seq][group] = 1 / the root of the mean square over each group of `width`, from what the
-/// blocks publish of the squares of the parts of `length` that they own: [seq][sides][block_pitch],
-/// the sums over the group of their first and, where there are two sides, of the next. A warp takes
-/// one at a time, the last warp the first.
+/// blocks publish of the squares of the parts that they own: [seq][sides][block_pitch], the sums
+/// over the group of their first channel and, where there are several groups, over the next.
+/// Neighbouring lanes share a scale.
 template <typename T, int B>
 __device__ __forceinline__ void read_scales(const Block<T, B>& b, float* scale, const float* from,
-                                            int length, int n_group, float eps, unsigned parity) {
+                                            int n_group, int width, float eps, unsigned parity) {
+  const StepParams& p = b.p;
   const int lane = thread() % 32;
-  const int warp = thread() / 32;
-  const int blocks = static_cast<int>(gridDim.x);
-  const int width = n_group > 1 ? b.p.group_width : length;
+  const auto blocks = static_cast<int>(gridDim.x);
+  int sharing = 32;
+  while (sharing * B * n_group > 32) sharing /= 2;
+  const int item = lane / sharing;
+  const int seq = item / n_group;
+  const int group = item - seq * n_group;
   const int n_side = n_group > 1 ? 2 : 1;
+  const bool mine = seq < B && b.lives(seq);
+  const auto owner = [&](int channel) {
+    return static_cast<int>(
+        (static_cast<unsigned>(channel + 1) * static_cast<unsigned>(blocks) - 1) /
+        static_cast<unsigned>(p.d_inner));
+  };
+  int block = (n_group > 1 ? owner(group * width) : 0) + lane % sharing;
+  const int end = !mine ? 0 : n_group > 1 ? owner((group + 1) * width - 1) + 1 : blocks;
+  from += seq * n_side * p.block_pitch;
+  float sum = 0.0F;
 #pragma unroll 1
-  for (int i = kWarps - 1 - warp; i < B * n_group; i += kWarps) {
-    const int seq = n_group > 1 ? i / n_group : i;
-    if (!b.lives(seq)) continue;
-    const int group = i - seq * n_group;
-    float sum = 0.0F;
-#pragma unroll 1
-    for (int base = 0; base < blocks; base += 128) {
-      unsigned word[4];
-      const float* at[4];
-      bool wanted[4];
+  for (; __any_sync(0xffffffffU, block < end); block += kLooks * sharing) {
+    unsigned word[kLooks];
+    const float* at[kLooks];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int block = base + j * 32 + lane;
-        const int side = n_group > 1 ? group - b.s.group_of[block % kMaxBlocks] : 0;
-        wanted[j] = block < blocks && side >= 0 && side < n_side;
-        at[j] = from + (seq * n_side + side) * b.p.block_pitch + block;
-        word[j] = parity;
-      }
-      bool here;
-      do {
-        here = true;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (wanted[j]) {
-            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                         : "=r"(word[j])
-                         : "l"(at[j])
-                         : "memory");
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) here = here && ((word[j] ^ parity) & 1) == 0;
-      } while (!__all_sync(0xffffffffU, here));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (wanted[j]) sum += value_of(word[j]);
-      }
+    for (int j = 0; j < kLooks; ++j) {
+      const int of = block + j * sharing;
+      const int side = n_group > 1 && of < end ? group - b.s.group_of[of] : 0;
+      at[j] = of < end && side >= 0 && side < n_side ? from + side * p.block_pitch + of : nullptr;
+      word[j] = parity;
     }
-    sum = warp_sum(sum);
-    if (lane == 0) scale[i] = rsqrtf(sum / static_cast<float>(width) + eps);
+    bool here;
+    do {
+      here = true;
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j) {
+        if (at[j] != nullptr) {
+          asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+                       : "=r"(word[j])
+                       : "l"(at[j])
+                       : "memory");
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j) here = here && ((word[j] ^ parity) & 1) == 0;
+    } while (!__all_sync(0xffffffffU, here));
+#pragma unroll
+    for (int j = 0; j < kLooks; ++j) {
+      if (at[j] != nullptr) sum += value_of(word[j]);
+    }
+  }
+#pragma unroll 1
+  for (int d = 1; d < sharing; d *= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
+  if (mine && lane % sharing == 0) {
+    scale[item] = rsqrtf(sum / static_cast<float>(width) + eps);
+  }
+}
+
+/// Whoever did something for all of the block.
+__device__ __forceinline__ void say(uint64_t& barrier) {
+  __syncwarp();
+  if (warp_arrives()) mbarrier_arrive(shared_address(&barrier));
+}
+/// Waits until the scales of a norm in this layer are known.
+template <typename T, int B>
+__device__ __forceinline__ void await_scales(const Block<T, B>& b, Norm norm, int layer) {
+  mbarrier_wait(shared_address(&b.s.known[norm]), static_cast<uint32_t>(layer) % 2);
+}
+
+/// A warp that awaits the squares, beside those that await what they are of. It begins when the own
+/// ones are published, as then the others' soon will be.
+template <typename T, int B>
+__device__ void scout(const Block<T, B>& b) {
+  const StepParams& p = b.p;
+#pragma unroll 1
+  for (int l = 0;; ++l) {
+    const auto phase = static_cast<uint32_t>(l) % 2;
+    mbarrier_wait(shared_address(&b.s.published[kOfResidual]), phase);
+    wait_cycles(p.squares_late);
+    read_scales(b, b.s.scale, b.s.set + p.squares_at, 1, p.d_model, p.eps, phase ^ 1);
+    say(b.s.known[kOfResidual]);
+    if (l == p.n_layer) break;
+    mbarrier_wait(shared_address(&b.s.published[kOfV]), phase);
+    wait_cycles(p.squares_late);
+    read_scales(b, b.s.v_scale, b.s.set + p.v_squares_at, p.n_group, p.group_width, p.mixer_eps,
+                phase ^ 1);
+    say(b.s.known[kOfV]);
   }
 }
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-/// 8 rows of a span: register c is 16-byte piece (c + r) % 8 of row r. The rows lie in the same
-/// banks, their pieces that are taken at the same time do not.
-struct Turned {
-  int first, second;  // bytes into the span, of this lane's row: pieces 0 to 3, and 4 to 7
-  __device__ __forceinline__ Turned() {
-    const int lane = thread() % 32;
-    first = (lane / 8 + lane) % 8 * 16;
-    second = first ^ 64;
-  }
-  __device__ __forceinline__ void load(uint32_t (&r)[8], const char* row) const {
-    uint32_t half[4];
-    load_matrices(half, row + first);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = half[i];
-    load_matrices(half, row + second);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) r[4 + i] = half[i];
+/// A lane's 32 bytes of a span of 128, 16 from each half.
+struct Halves {
+  uint4 a, b;
+  __device__ __forceinline__ void load(const char* at, int first) {
+    a = *reinterpret_cast<const uint4*>(at + first);
+    b = *reinterpret_cast<const uint4*>(at + (first ^ 64));
   }
 };
 
-/// c += the products of 8 turns of a span of two sequences with 8 rows of a weight; where turn and
-/// row are equal, the same columns meet.
+/// c += the products of a span of up to 8 sequences with 8 rows of a weight. Of an even row w.a is
+/// of the first half, of an odd one of the second; so of c[0] the products of even rows with the
+/// first half of v are wanted, and of odd ones with the second, of c[1] the others.
 template <typename T>
-__device__ __forceinline__ void multiply_span(float (&c)[2][4], const uint32_t (&v0)[8],
-                                              const uint32_t (&v1)[8], const uint32_t (&w)[8]) {
-#pragma unroll
-  for (int k = 0; k < 8; k += 2) {
-    multiply_add<T>(c[k / 2 % 2], {v0[k], v1[k], v0[k + 1], v1[k + 1]}, w[k], w[k + 1]);
-  }
+__device__ __forceinline__ void multiply_span(float (&c)[2][4], const Halves& v, const Halves& w) {
+  multiply_add<T>(c[0], {v.a.x, v.a.y, v.a.z, v.a.w}, w.a.x, w.a.y);
+  multiply_add<T>(c[1], {v.a.x, v.a.y, v.a.z, v.a.w}, w.b.x, w.b.y);
+  multiply_add<T>(c[0], {v.b.x, v.b.y, v.b.z, v.b.w}, w.a.z, w.a.w);
+  multiply_add<T>(c[1], {v.b.x, v.b.y, v.b.z, v.b.w}, w.b.z, w.b.w);
 }
 
 /// The warp's part of n rows of the matrix in the ring times v goes to its place among the shares:
 /// row r of sequence s is number (r / 8 * B + s) * 8 + r % 8 of 64 in a group.
-template <int kSpans, typename T, int B>
+template <typename T, int B>
 __device__ __forceinline__ void multiply(const Block<T, B>& b, WeightRing& ring, int n,
                                          int n_columns, float* shares) {
-  constexpr int kPairs = (B + 1) / 2;  // of sequences
   constexpr int kStride = kRound * 2;
   const int lane = thread() % 32;
   const int warp = thread() / 32;
   const int group = lane / 4;
-  const Turned turned;
+  const int quarter = lane % 4;
   const int n_span = (n_columns / kSpan - warp + kWarps - 1) / kWarps;
   const int pitch = 2 * n_columns;
   const int at_once = rows_at_once(b.p.at.piece_bytes, n_columns);
-  // All lanes have the same row of v.
-  const char* v = reinterpret_cast<const char*>(b.v) + warp * (kSpan * 2);
-  uint32_t kept[B == 1 ? kSpans : 1][8];
-  if constexpr (B == 1) {
+  const int of_v = quarter * 16;
+  const int of_w = of_v + group % 2 * 64;
+  const char* v =
+      reinterpret_cast<const char*>(b.v + group % B * b.p.at.v_pitch) + warp * (kSpan * 2);
+  Halves kept[kKeptSpans] = {};
 #pragma unroll
-    for (int i = 0; i < kSpans; ++i) {
-      turned.load(kept[i], v + max(min(i, n_span - 1), 0) * kStride);
-    }
+  for (int i = 0; i < kKeptSpans; ++i) {
+    if (i < n_span) kept[i].load(v + i * kStride, of_v);
   }
 #pragma unroll 1
   for (int first = 0; first < n; first += kRows) {
     const int here = min(kRows, n - first);
-    const int row = min(lane % 8, here - 1);
+    const int row = min(group, here - 1);
     WeightRing taken = ring;
     const char* w = nullptr;
 #pragma unroll 1
@@ -453,42 +506,28 @@ __device__ __forceinline__ void multiply(const Block<T, B>& b, WeightRing& ring,
       ring.advance(ring.place(bytes), bytes);
     }
     w += warp * (kSpan * 2);
-    float acc[kPairs][2][4] = {};
-    if constexpr (B == 1) {
+    float acc[2][4] = {};
 #pragma unroll
-      for (int i = 0; i < kSpans; ++i) {
-        if (i >= n_span) break;
-        uint32_t of_w[8];
-        turned.load(of_w, w + i * kStride);
-        multiply_span<T>(acc[0], kept[i], {}, of_w);
-      }
-    } else {
+    for (int i = 0; i < kKeptSpans; ++i) {
+      if (i >= n_span) break;
+      Halves part;
+      part.load(w + i * kStride, of_w);
+      multiply_span<T>(acc, kept[i], part);
+    }
 #pragma unroll 1
-      for (int i = 0; i < n_span; ++i) {
-        uint32_t of_w[8];
-        turned.load(of_w, w + i * kStride);
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          uint32_t v0[8];
-          uint32_t v1[8];
-          turned.load(v0, v + 2 * pair * b.p.at.v_pitch * 2 + i * kStride);
-          turned.load(v1, v + (2 * pair + 1) * b.p.at.v_pitch * 2 + i * kStride);
-          multiply_span<T>(acc[pair], v0, v1, of_w);
-        }
-      }
+    for (int i = kKeptSpans; i < n_span; ++i) {
+      Halves part, of_columns;
+      part.load(w + i * kStride, of_w);
+      of_columns.load(v + i * kStride, of_v);
+      multiply_span<T>(acc, of_columns, part);
     }
 #pragma unroll 1
     for (int r = 0; r < here; r += at_once) taken.release(min(at_once, here - r) * pitch);
-    // Turn g and rows 2 q and 2 q + 1 are in a lane of group g and quarter q.
-    if (lane % 4 == group / 2 && group < here) {
-#pragma unroll
-      for (int seq = 0; seq < B; ++seq) {
-        const auto& c = acc[seq / 2];
-        const int at = seq % 2 * 2;
-        const int m = (first + group) / kRows * B + seq;
-        shares[m / 8 * kGroupShares + warp * kWarpPitch + m % 8 * 8 + group] =
-            group % 2 == 0 ? c[0][at] + c[1][at] : c[0][at + 1] + c[1][at + 1];
-      }
+    // Sequence g and rows 2 q and 2 q + 1 are in a lane of group g and quarter q.
+    if (group < B) {
+      const int m = first / kRows * B + group;
+      *reinterpret_cast<float2*>(shares + m / 8 * kGroupShares + warp * kWarpPitch + m % 8 * 8 +
+                                 2 * quarter) = {acc[0][0] + acc[1][2], acc[0][3] + acc[1][1]};
     }
   }
 }
@@ -666,7 +705,7 @@ __device__ __forceinline__ void update_state(const Block<T, B>& b, const StepLay
                   seq * (kConv - 1) * p.window_pitch + b.s.own.first_channel % 8 + channel;
   const Convolved<T> conv(
       mine.taps(), mine.param(kConvBias), past, p.window_pitch,
-      fmaf(channel_sum<B>(b.s.shares[kX], channel, seq), left, mine.param(kXBias)));
+      fmaf(channel_sum<B>(b.shares(kX), channel, seq), left, mine.param(kXBias)));
   const float x = silu(conv.sum);
   const float dx = dt * x;
 
@@ -717,7 +756,7 @@ __device__ __forceinline__ void publish_v(const Block<T, B>& b, const char* smal
   const int warp = thread() / 32;
   const OwnChannel mine(b, small);
   const int channel = mine.channel;
-  const float z = fmaf(channel_sum<B>(b.s.shares[kZ], channel, seq), left, mine.param(kZBias));
+  const float z = fmaf(channel_sum<B>(b.shares(kZ), channel, seq), left, mine.param(kZBias));
   const float v = b.s.y[seq][channel] * silu(z);
   if (mine.first) {
     publish(b.s.set + static_cast<int64_t>(seq) * p.d_inner + b.s.own.first_channel + channel,
@@ -776,6 +815,7 @@ __device__ __forceinline__ void publish_residual(const Block<T, B>& b, const Sum
     for (int i = 0; i < warps; ++i) total += b.s.squares[lane][0][i];
     publish(b.s.set + b.p.squares_at + lane * b.p.block_pitch + blockIdx.x, total, parity);
   }
+  if (warp == 0) say(b.s.published[kOfResidual]);
 }
 
 /// u = the input of in_proj or the head. What products with it are still to be multiplied by is
@@ -783,18 +823,13 @@ __device__ __forceinline__ void publish_residual(const Block<T, B>& b, const Sum
 template <typename T>
 constexpr bool kNarrow = std::is_same_v<T, __half>;  // the product's input could leave its range
 template <typename T, int B>
-__device__ __forceinline__ void take_residual(const Block<T, B>& b, unsigned parity) {
-  const StepParams& p = b.p;
-  const float* residual = b.s.set + p.residual_at;
-  const float* squares = b.s.set + p.squares_at;
-  if constexpr (kNarrow<T>) {
-    read_scales(b, b.s.scale, squares, p.d_model, 1, p.eps, parity);
-    consumers_sync();
-    gather(b, residual, p.d_model, parity, 0, [&](int seq, int) { return b.s.scale[seq]; });
-  } else {
-    gather(b, residual, p.d_model, parity, p.residual_late, [](int, int) { return 1.0F; });
-    read_scales(b, b.s.scale, squares, p.d_model, 1, p.eps, parity);
-  }
+__device__ __forceinline__ void take_residual(const Block<T, B>& b, int layer, unsigned parity) {
+  gather(
+      b, b.s.set + b.p.residual_at, b.p.d_model, parity, b.p.residual_late,
+      [&] {
+        if (kNarrow<T>) await_scales(b, kOfResidual, layer);
+      },
+      [&](int seq, int) { return kNarrow<T> ? b.s.scale[seq] : 1.0F; });
 }
 template <typename T, int B>
 __device__ __forceinline__ float left_of(const Block<T, B>& b, int seq) {
@@ -830,27 +865,29 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
     const auto small = [&] {
       int of = l;
       asm volatile("" : "+r"(of));
-      return b.small + of % 2 * p.at.small_bytes;
+      return b.small(of);
     };
     const auto parity = static_cast<unsigned>(l + 1) % 2;
 
-    take_residual(b, parity);
+    take_residual(b, l, parity);
     if (l == p.n_layer) break;
     mbarrier_wait(shared_address(&b.s.small_full[l % 2]), static_cast<uint32_t>(l / 2) % 2);
-    multiply<kModelSpans>(b, ring, own.sides, p.d_model, b.s.shares[kSides]);
+    multiply(b, ring, own.sides, p.d_model, b.shares(kSides));
     if (own.sides > 0) {
       meet<kSideGate, kThreads>(warp < own.side_warps);
+      if (warp < own.side_warps) await_scales(b, kOfResidual, l);
       const Summand<B> side(own.sides);
       if (side.mine && b.lives(side.seq)) {
         const float v = side_value(b, b.layers[l], small(), side,
-                                   summed(b.s.shares[kSides]) * left_of(b, side.seq));
+                                   summed(b.shares(kSides)) * left_of(b, side.seq));
         publish(b.s.set + p.sides_at + side.seq * p.side_pitch + own.first_side + side.row, v,
                 parity);
       }
       __syncwarp();
     }
-    multiply<kModelSpans>(b, ring, own.channels, p.d_model, b.s.shares[kX]);
+    multiply(b, ring, own.channels, p.d_model, b.shares(kX));
     read_sides(b, parity);
+    await_scales(b, kOfResidual, l);
     consumers_sync();
     if (own.channels > 0) {
       const int bytes = own.channels * kState * (p.state_type == DType::f32 ? 4 : 2);
@@ -866,7 +903,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
         ring.release(bytes);
       }
     }
-    multiply<kModelSpans>(b, ring, own.channels, p.d_model, b.s.shares[kZ]);
+    multiply(b, ring, own.channels, p.d_model, b.shares(kZ));
     consumers_sync();
 #pragma unroll 1
     for (int seq = 0; seq < B; ++seq) {
@@ -878,27 +915,28 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       }
     }
     meet<kSquaresGate, kThreads>(warp == 0);
-    if (warp == 0) publish_v_squares(b, parity);
-    __syncwarp();
-
-    const float* squares = b.s.set + p.v_squares_at;
-    if (scaled_v) {
-      read_scales(b, b.s.v_scale, squares, p.d_inner, p.n_group, p.mixer_eps, parity);
-      consumers_sync();
+    if (warp == 0) {
+      publish_v_squares(b, parity);
+      say(b.s.published[kOfV]);
     }
-    gather(b, b.s.set, p.d_inner, parity, scaled_v ? 0 : p.v_late, [&](int seq, int column) {
-      return scaled_v ? b.s.v_scale[seq * p.n_group + column / p.group_width] : 1.0F;
-    });
-    if (!scaled_v) read_scales(b, b.s.v_scale, squares, p.d_inner, 1, p.mixer_eps, parity);
-    multiply<kInnerSpans>(b, ring, own.rows, p.d_inner, b.s.shares[kOut]);
+    gather(
+        b, b.s.set, p.d_inner, parity, p.v_late,
+        [&] {
+          if (scaled_v) await_scales(b, kOfV, l);
+        },
+        [&](int seq, int column) {
+          return scaled_v ? b.s.v_scale[seq * p.n_group + column / p.group_width] : 1.0F;
+        });
+    multiply(b, ring, own.rows, p.d_inner, b.shares(kOut));
     meet<kRowGate, kThreads>(warp < own.row_warps);
     if (warp < own.row_warps) {
+      await_scales(b, kOfV, l);
       const Summand<B> row(own.rows);
       float residual = 0.0F;
       float norm = 0.0F;
       if (row.mine && b.lives(row.seq)) {
         const float* record = reinterpret_cast<const float*>(small()) + p.record_rows + row.row;
-        residual = fmaf(summed(b.s.shares[kOut]), scaled_v ? 1.0F : b.s.v_scale[row.seq],
+        residual = fmaf(summed(b.shares(kOut)), scaled_v ? 1.0F : b.s.v_scale[row.seq],
                         b.s.residual[thread()] + record[kOutBias * p.most_rows]);
         b.s.residual[thread()] = residual;
         norm = record[kNextNorm * p.most_rows];
@@ -909,12 +947,13 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
     if (warp_arrives()) mbarrier_arrive(shared_address(&b.s.small_empty[l % 2]));
   }
 
+  await_scales(b, kOfResidual, p.n_layer);
   consumers_sync();
 #pragma unroll 1
-  for (int first = 0; first < own.words; first += kHeadRows) {
-    const int here = min(kHeadRows, own.words - first);
-    float* shares = b.s.shares[first / kHeadRows % 2];
-    multiply<kModelSpans>(b, ring, here, p.d_model, shares);
+  for (int first = 0, turn = 0; first < own.words; first += p.head_rows, ++turn) {
+    const int here = min(p.head_rows, own.words - first);
+    float* shares = b.shares(turn % 2 == 0 ? kX : kZ);
+    multiply(b, ring, here, p.d_model, shares);
     consumers_sync();
     const Summand<B> word(here);
     if (word.mine && b.lives(word.seq)) {
@@ -925,7 +964,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
 }
 
 template <typename T, int B>
-__global__ void __launch_bounds__(kThreads + 32, 1)
+__global__ void __launch_bounds__(kAllThreads, 1)
     mamba2_step_kernel(const __grid_constant__ StepParams p) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<Shared<B>*>(memory);
@@ -944,6 +983,8 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(shared_address(&s.small_full[i]), 1);
       mbarrier_init(shared_address(&s.small_empty[i]), kWarps * kWarpArrivals);
+      mbarrier_init(shared_address(&s.published[i]), kWarpArrivals);
+      mbarrier_init(shared_address(&s.known[i]), kWarpArrivals);
     }
     for (int i = 0; i < kRingPieces; ++i) {
       mbarrier_init(ring.full + 8 * i, 1);
@@ -986,15 +1027,16 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     reinterpret_cast<uint64_t*>(table)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
   }
   auto* other_set = reinterpret_cast<uint4*>(p.exchange + (launch + 1) % 2 * p.set);
-  for (int64_t i = static_cast<int64_t>(block) * (kThreads + 32) + tid; i < p.set / 4;
-       i += static_cast<int64_t>(blocks) * (kThreads + 32)) {
+  for (int64_t i = static_cast<int64_t>(block) * kAllThreads + tid; i < p.set / 4;
+       i += static_cast<int64_t>(blocks) * kAllThreads) {
     other_set[i] = uint4{0, 0, 0, 0};
   }
-  const Block<T, B> b{
-      p, s, reinterpret_cast<T*>(memory + kSharedBytes<B>), table, memory + p.at.small, live};
+  const Block<T, B> b{p, s, reinterpret_cast<T*>(memory + kSharedBytes<B>), table, memory, live};
   __syncthreads();
   if (tid / 32 == kWarps) {
     produce(b, ring);
+  } else if (tid / 32 > kWarps) {
+    scout(b);
   } else {
     consume(b, ring);
     // Everybody has read it, or could not have published what this block has waited for.
@@ -1102,9 +1144,17 @@ template <int B>
 bool lay_out(StepParams& p) {
   const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Layout& at = p.at;
-  // At least a round: every warp loads its first span, which in a narrow model it does not use.
-  at.v_pitch = round_up(std::max({p.d_model, p.d_inner, kRound}), 64) + 32;
-  at.table = kSharedBytes<B> + round_up(B * at.v_pitch * 2, 16);
+  at.v_pitch = round_up(std::max(p.d_model, p.d_inner), 64) + 32;
+  int shares = kSharedBytes<B> + round_up(B * at.v_pitch * 2, 16);
+  const auto place = [&](Product product, int rows) {
+    at.shares[product] = shares;
+    shares += ceil_div(ceil_div(rows, kRows) * B, 8) * kGroupShares * 4;
+  };
+  place(kSides, p.most_sides);
+  place(kX, p.most_channels);
+  place(kZ, p.most_channels);
+  place(kOut, p.most_rows);
+  at.table = round_up(shares, 16);
   at.windows = round_up(p.record * 4, 128);
   at.side_windows = at.windows + round_up(B * (kConv - 1) * 2 * p.window_pitch, 128);
   at.small_bytes = at.side_windows + round_up(B * (kConv - 1) * 2 * p.side_window_pitch, 128);
@@ -1114,22 +1164,19 @@ bool lay_out(StepParams& p) {
   const int state = kState * (p.state_type == DType::f32 ? 4 : 2);
   // A warp holds 8 rows, while the ring's end may be too short for the next piece.
   const int widest = 2 * std::max(p.d_model, p.d_inner);
-  at.piece_bytes = kMostPiece;
+  at.piece_bytes = widest < kWideRow ? kMostPiece : kMostPiece / 2;
   const auto piece = [&] { return std::max(at.piece_bytes, widest); };
   while (at.piece_bytes > widest && kRows * widest + piece() > at.ring_bytes) at.piece_bytes /= 2;
-  // With less than an eighth of a layer in the ring the verbs are faster.
-  const int64_t layer = int64_t{2} * p.d_model * (2 * p.most_channels + p.most_sides) +
-                        int64_t{2} * p.d_inner * p.most_rows;
   return p.most_sides <= 64 && p.most_rows <= kMaxRows &&
-         kRows * widest + piece() <= at.ring_bytes &&
-         2 * p.most_channels * state <= at.ring_bytes && int64_t{8} * at.ring_bytes >= layer;
+         kRows * widest + piece() <= at.ring_bytes && 2 * p.most_channels * state <= at.ring_bytes;
 }
 
 /// f(std::integral_constant<int, B>) with the least B that takes n_seq sequences.
 template <typename F>
 bool with_batch(int n_seq, F&& f) {
   if (n_seq == 1) return f(std::integral_constant<int, 1>{});
-  return f(std::integral_constant<int, 2>{});
+  if (n_seq == 2) return f(std::integral_constant<int, 2>{});
+  return f(std::integral_constant<int, 4>{});
 }
 
 bool supports(const Mamba2Weights& w, std::span<const std::vector<Tensor>> state,
@@ -1142,12 +1189,14 @@ bool supports(const Mamba2Weights& w, std::span<const std::vector<Tensor>> state
   const int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t channels = ceil_div(E, blocks);
   return batch.max_len == 1 && batch.n_seq <= kMostBatch &&
-         (batch.n_seq == 1 || D >= kMinWidthOfSeveral) &&
+         D >= (batch.n_seq == 1   ? 0
+               : batch.n_seq == 2 ? kMinWidthOfTwo
+                                  : kMinWidthOfFour) &&
          batch.state_rounding() == Rounding::nearest && (T == DType::bf16 || T == DType::f16) &&
          w.lm_head.dtype == T && state.front()[0].dtype == T && state.front()[1].dim(3) == kState &&
          l.conv1d.dim(1) == kConv && D % kSpan == 0 && E % kSpan == 0 &&
-         D <= kModelSpans * kRound && E <= kInnerSpans * kRound && channels <= kMaxChannels &&
-         w.n_group <= kMaxGroups && blocks <= kMaxBlocks && width % 4 == 0 && width >= channels;
+         std::max(D, E) <= kMostColumns && channels <= kMaxChannels && w.n_group <= kMaxGroups &&
+         blocks <= kMaxBlocks && width % 4 == 0 && width >= channels;
 }
 
 }  // namespace
@@ -1188,8 +1237,11 @@ bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, cons
   p.set = p.squares_at + kMostBatch * p.block_pitch;
   p.group_width = p.d_inner / p.n_group;
   set_inputs(p, weights, logits, ids, batch, state);
-  p.residual_late = p.d_model >= kWideModel ? 1200 : 700;
-  p.v_late = p.d_model >= kWideModel ? 1500 : 700;
+  p.head_rows = round_up(p.most_channels, kRows);
+  const bool wide = p.d_model >= kWideModel;
+  p.residual_late = wide ? 1200 : 700;
+  p.v_late = wide ? 1500 : 700;
+  p.squares_late = wide ? 2300 : 0;
   std::vector<StepLayer> layers;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const Mamba2Layer& w = weights.layers[i];
@@ -1238,7 +1290,7 @@ bool Mamba2Stepper::run(const Mamba2Weights& weights, const Tensor& logits, cons
     constexpr int B = decltype(b)::value;
     return launch_together(
         bf16 ? &mamba2_step_kernel<__nv_bfloat16, B> : &mamba2_step_kernel<__half, B>, blocks,
-        kThreads + 32, p.at.ring + p.at.ring_bytes, p, refused_, stream);
+        kAllThreads, p.at.ring + p.at.ring_bytes, p, refused_, stream);
   });
 }
 

@@ -10,7 +10,8 @@
 namespace krait::test {
 namespace {
 
-constexpr int64_t kWide = 1536;  // narrower models step several sequences by the verbs
+constexpr int64_t kWide = 1536;     // narrower models step two sequences by the verbs
+constexpr int64_t kForFour = 2560;  // narrower ones three or four
 
 struct StepCase {
   const char* name;
@@ -100,10 +101,13 @@ TEST_P(Mamba2StepGpuTest, GivesTheSameBitsAgain) {
 INSTANTIATE_TEST_SUITE_P(
     All, Mamba2StepGpuTest,
     ::testing::Values(
-        StepCase{.name = "one"}, StepCase{.name = "another_slot", .slots = {5}},
+        StepCase{.name = "one"}, StepCase{.name = "one_layer", .n_layer = 1},
+        StepCase{.name = "another_slot", .slots = {5}},
         StepCase{.name = "two", .d_model = kWide, .slots = {3, 0}},
         StepCase{.name = "one_and_padding", .d_model = kWide, .slots = {6, -1}},
         StepCase{.name = "padding_and_one", .d_model = kWide, .slots = {-1, 7}},
+        StepCase{.name = "four", .d_model = kForFour, .slots = {3, 0, 8, 5}},
+        StepCase{.name = "two_and_padding", .d_model = kForFour, .slots = {6, -1, 2}},
         StepCase{.name = "biases", .slots = {1}, .biases = true},
         StepCase{.name = "limited_dt", .d_model = kWide, .slots = {1, 3}, .dt_max = 0.01F},
         StepCase{.name = "f16", .d_model = kWide, .weights = DType::f16, .slots = {1, 2}},
@@ -151,12 +155,41 @@ INSTANTIATE_TEST_SUITE_P(
                  .vocab_rows = 1000,
                  .state = DType::bf16,
                  .slots = {4, 1}},
+        StepCase{.name = "shape_of_2_7b_by_4",
+                 .d_model = 2560,
+                 .d_inner = 5120,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .slots = {4, 1, 0, 7}},
         StepCase{.name = "wide_groups",
                  .d_model = 2048,
                  .d_inner = 4096,
                  .n_group = 8,
                  .n_layer = 2,
-                 .vocab_rows = 1000}),
+                 .vocab_rows = 1000},
+        StepCase{.name = "wide_odd_groups",
+                 .d_model = 3136,
+                 .d_inner = 6336,
+                 .head_dim = 48,
+                 .n_group = 3,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .slots = {2}},
+        StepCase{.name = "shape_of_codestral",
+                 .d_model = 4096,
+                 .d_inner = 8192,
+                 .n_group = 8,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .slots = {3}},
+        StepCase{.name = "shape_of_codestral_by_2",
+                 .d_model = 4096,
+                 .d_inner = 8192,
+                 .n_group = 8,
+                 .n_layer = 2,
+                 .vocab_rows = 1000,
+                 .state = DType::bf16,
+                 .slots = {3, 0}}),
     [](const auto& test) { return std::string(test.param.name); });
 
 // What isn't a number must come out as none, in its own sequence and nowhere else.
@@ -178,7 +211,7 @@ TEST(Mamba2StepGpu, GivesTheSameBitsAfterTwoThousandSteps) {
 }
 
 TEST(Mamba2StepGpu, LeavesToTheVerbsWhatItIsNotBuiltFor) {
-  const StepCase many{.name = "three", .d_model = kWide, .slots = {8, 1, 4}};
+  const StepCase many{.name = "five", .d_model = kForFour, .slots = {8, 1, 4, 0, 2}};
   const LoadedModel gpu = load_case(kBackends[2], many);
   EXPECT_FALSE(Rig(*gpu.op, many, *gpu.model).steps_at_once());
   const StepCase narrow{.name = "two", .slots = {0, 1}};
