@@ -244,10 +244,7 @@ struct Ring {
     return base + places[index(ahead)];
   }
   /// Every warp must release every piece.
-  __device__ void release(unsigned ahead = 0) const {
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(empty + 8 * index(ahead));
-  }
+  __device__ void release(unsigned ahead = 0) const { warp_arrive(empty + 8 * index(ahead)); }
   __device__ void advance(unsigned n = 1) { piece += n; }
 };
 
@@ -523,9 +520,7 @@ template <typename T, int B, typename Use>
 __device__ __forceinline__ void gather(const Block<T, B>& b, const float* from, int length,
                                        unsigned parity, Use use) {
   if constexpr (B == 1) {
-    const auto begin = static_cast<unsigned>(clock());
-    while (static_cast<unsigned>(clock()) - begin < kLaterLook) {
-    }
+    wait_cycles(kLaterLook);
   }
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -958,8 +953,7 @@ __device__ void consume(const Block<T, B>& b, Ring ring) {
     // 2
     read_dbc(b, x.x_sums);
     if (n > 0) update_state(b, ring, w, small, odd, x.y, parity);
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(b.small_empty + 8 * (l % 2));
+    warp_arrive(b.small_empty + 8 * (l % 2));
 
     // 3
     gather(b, x.y, E, parity, [&](int i, int d, float4 y) { store4(b, i, d, y); });
@@ -1151,8 +1145,7 @@ class Narrow {
     }
     added = static_cast<unsigned>(clock());
     if (updates) store(state, w);
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(b.small_empty + 8 * (l % 2));
+    warp_arrive(b.small_empty + 8 * (l % 2));
     if (n > 0) {
       ring.release(3);
       ring.release(4);
@@ -1214,8 +1207,7 @@ class Narrow {
     const float f = b.scale[l % 2];
     const float factor[2] = {weight.x * f, weight.y * f};
     if (l > 0) {
-      while (static_cast<unsigned>(clock()) - added < kFirstLook) {
-      }
+      wait_since(added, kFirstLook);
       unsigned long long word[2] = {};
       do {
         if (mine) poll_narrow(word, read_r);

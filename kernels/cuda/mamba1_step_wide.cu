@@ -185,13 +185,7 @@ __device__ __forceinline__ int place(int d, int seq) {
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-/// v, worked out anew wherever it is needed. What the compiler would otherwise prepare before the
-/// loop over the layers doesn't fit into registers, and local memory not into the L1 that the ring
-/// leaves.
-__device__ __forceinline__ int anew(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
+
 __device__ __forceinline__ char* shared_at(int offset) {
   extern __shared__ __align__(128) char shared[];
   return shared + anew(offset);

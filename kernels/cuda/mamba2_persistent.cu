@@ -188,21 +188,10 @@ enum Product { kSides, kX, kZ, kOut };  // with the rows of B, C, dt, of x, of z
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-/// threadIdx.x, unknown to the compiler: else it computes what follows from it once, before the
-/// layers, for all of which there are not the registers.
-__device__ __forceinline__ int thread() {
-  auto t = static_cast<int>(threadIdx.x);
-  asm volatile("" : "+r"(t));
-  return t;
-}
+__device__ __forceinline__ int thread() { return anew(static_cast<int>(threadIdx.x)); }
 /// A barrier of the consumers alone.
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-__device__ __forceinline__ void wait_cycles(unsigned n) {
-  const auto begin = static_cast<unsigned>(clock());
-  while (static_cast<unsigned>(clock()) - begin < n) {
-  }
 }
 /// Barriers at which only the first warps wait: those that sum up what all have written. Between
 /// two uses of one of them all consumers meet.
@@ -417,11 +406,6 @@ __device__ __forceinline__ void read_scales(const Block<T, B>& b, float* scale, 
   }
 }
 
-/// Whoever did something for all of the block.
-__device__ __forceinline__ void say(uint64_t& barrier) {
-  __syncwarp();
-  if (warp_arrives()) mbarrier_arrive(shared_address(&barrier));
-}
 /// Waits until the scales of a norm in this layer are known.
 template <typename T, int B>
 __device__ __forceinline__ void await_scales(const Block<T, B>& b, Norm norm, int layer) {
@@ -439,13 +423,13 @@ __device__ void scout(const Block<T, B>& b) {
     mbarrier_wait(shared_address(&b.s.published[kOfResidual]), phase);
     wait_cycles(p.squares_late);
     read_scales(b, b.s.scale, b.s.set + p.squares_at, 1, p.d_model, p.eps, phase ^ 1);
-    say(b.s.known[kOfResidual]);
+    warp_arrive(shared_address(&b.s.known[kOfResidual]));
     if (l == p.n_layer) break;
     mbarrier_wait(shared_address(&b.s.published[kOfV]), phase);
     wait_cycles(p.squares_late);
     read_scales(b, b.s.v_scale, b.s.set + p.v_squares_at, p.n_group, p.group_width, p.mixer_eps,
                 phase ^ 1);
-    say(b.s.known[kOfV]);
+    warp_arrive(shared_address(&b.s.known[kOfV]));
   }
 }
 
@@ -816,7 +800,7 @@ __device__ __forceinline__ void publish_residual(const Block<T, B>& b, const Sum
     for (int i = 0; i < warps; ++i) total += b.s.squares[lane][0][i];
     publish(b.s.set + b.p.squares_at + lane * b.p.block_pitch + blockIdx.x, total, parity);
   }
-  if (warp == 0) say(b.s.published[kOfResidual]);
+  if (warp == 0) warp_arrive(shared_address(&b.s.published[kOfResidual]));
 }
 
 /// u = the input of in_proj or the head. What products with it are still to be multiplied by is
@@ -862,12 +846,8 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
 
 #pragma unroll 1
   for (int l = 0;; ++l) {
-    // Where the parameters of the layer lie: worked out anew where it is needed.
-    const auto small = [&] {
-      int of = l;
-      asm volatile("" : "+r"(of));
-      return b.small(of);
-    };
+    // Where the parameters of the layer lie.
+    const auto small = [&] { return b.small(anew(l)); };
     const auto parity = static_cast<unsigned>(l + 1) % 2;
 
     take_residual(b, l, parity);
@@ -918,7 +898,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
     meet<kSquaresGate, kThreads>(warp == 0);
     if (warp == 0) {
       publish_v_squares(b, parity);
-      say(b.s.published[kOfV]);
+      warp_arrive(shared_address(&b.s.published[kOfV]));
     }
     gather(
         b, b.s.set, p.d_inner, parity, p.v_late,
@@ -944,8 +924,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       }
       publish_residual(b, row, residual, norm, parity ^ 1);
     }
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(shared_address(&b.s.small_empty[l % 2]));
+    warp_arrive(shared_address(&b.s.small_empty[l % 2]));
   }
 
   await_scales(b, kOfResidual, p.n_layer);

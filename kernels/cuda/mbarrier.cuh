@@ -43,6 +43,11 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t bar, int bytes) {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+/// A warp, of which all lanes have done what it arrives for.
+__device__ __forceinline__ void warp_arrive(uint32_t bar) {
+  __syncwarp();
+  if (warp_arrives()) mbarrier_arrive(bar);
+}
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -35,6 +35,23 @@ struct alignas(2 * sizeof(T)) Two {
   T a, b;
 };
 
+/// v, worked out anew wherever it is needed. What the compiler would otherwise prepare before the
+/// loop over the layers doesn't fit into registers, and local memory not into the L1 that the ring
+/// leaves.
+__device__ __forceinline__ int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+/// Waits until so many cycles have gone since `begin`, a clock().
+__device__ __forceinline__ void wait_since(unsigned begin, unsigned cycles) {
+  while (static_cast<unsigned>(clock()) - begin < cycles) {
+  }
+}
+__device__ __forceinline__ void wait_cycles(unsigned cycles) {
+  wait_since(static_cast<unsigned>(clock()), cycles);
+}
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t bar,

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/persistent.cuh"
 #include "kernels/cuda/verbs.h"
 #include "kernels/primitives.h"
 
@@ -130,9 +131,7 @@ __global__ void __launch_bounds__(512, 1)
                      "l"((1ULL << kCountBit) + value % 1024)
                      : "memory");
       }
-      const auto added = static_cast<unsigned>(clock());
-      while (static_cast<unsigned>(clock()) - added < pause) {
-      }
+      wait_cycles(pause);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
         const int e = static_cast<int>(threadIdx.x + j * blockDim.x);

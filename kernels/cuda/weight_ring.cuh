@@ -40,8 +40,7 @@ struct WeightRing {
   }
   /// Every warp must release every piece.
   __device__ void release(int bytes) {
-    __syncwarp();
-    if (warp_arrives()) mbarrier_arrive(empty + 8 * piece);
+    warp_arrive(empty + 8 * piece);
     advance(place(bytes), bytes);
   }
 };
