@@ -800,7 +800,15 @@ __device__ __forceinline__ void publish_residual(const Block<T, B>& b, const Sum
     for (int i = 0; i < warps; ++i) total += b.s.squares[lane][0][i];
     publish(b.s.set + b.p.squares_at + lane * b.p.block_pitch + blockIdx.x, total, parity);
   }
-  if (warp == 0) warp_arrive(shared_address(&b.s.published[kOfResidual]));
+}
+
+/// Says to the scout that what the block owns of the squares is published, which warp 0 has done
+/// after all had read the scales before. racecheck follows no order from warp to warp to warp, so
+/// under it all arrive.
+constexpr int kAnnouncers = kWarpArrivals > 1 ? kWarps : 1;
+template <typename T, int B>
+__device__ __forceinline__ void announce_squares(const Block<T, B>& b, Norm norm) {
+  if (thread() / 32 < kAnnouncers) warp_arrive(shared_address(&b.s.published[norm]));
 }
 
 /// u = the input of in_proj or the head. What products with it are still to be multiplied by is
@@ -842,6 +850,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       b.s.residual[tid] = residual;
     }
     if (warp < own.row_warps) publish_residual(b, row, residual, norm, 1);
+    announce_squares(b, kOfResidual);
   }
 
 #pragma unroll 1
@@ -896,10 +905,8 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       }
     }
     meet<kSquaresGate, kThreads>(warp == 0);
-    if (warp == 0) {
-      publish_v_squares(b, parity);
-      warp_arrive(shared_address(&b.s.published[kOfV]));
-    }
+    if (warp == 0) publish_v_squares(b, parity);
+    announce_squares(b, kOfV);
     gather(
         b, b.s.set, p.d_inner, parity, p.v_late,
         [&] {
@@ -924,6 +931,7 @@ __device__ void consume(const Block<T, B>& b, WeightRing ring) {
       }
       publish_residual(b, row, residual, norm, parity ^ 1);
     }
+    announce_squares(b, kOfResidual);
     warp_arrive(shared_address(&b.s.small_empty[l % 2]));
   }
 
@@ -963,7 +971,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(shared_address(&s.small_full[i]), 1);
       mbarrier_init(shared_address(&s.small_empty[i]), kWarps * kWarpArrivals);
-      mbarrier_init(shared_address(&s.published[i]), kWarpArrivals);
+      mbarrier_init(shared_address(&s.published[i]), kAnnouncers * kWarpArrivals);
       mbarrier_init(shared_address(&s.known[i]), kWarpArrivals);
     }
     for (int i = 0; i < kRingPieces; ++i) {
