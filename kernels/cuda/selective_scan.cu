@@ -24,11 +24,12 @@
 //
 // 4 lanes share a channel and hold 4 of 16 states each; their shares of y are summed for 4 tokens
 // at a time by a transposition, after which each lane has the y of those tokens whose x, dt and z
-// it prepared.
+// it prepared. A block may have half a group more, 4 channels of 8 lanes with 2 states each: 1536
+// channels are 96 blocks of two groups, but 128 of one and a half.
 //
 // Shapes   x, dt, z, y T [n_tok, d_inner]; B, C T [n_tok, d_state] views; A f32 [d_inner, d_state];
 //          ssm_state [slot, d_inner, d_state] in f32, bf16 or f16
-// Launch   grid (groups of 8 channels / n_group, n_seq), n_turn warps; choose_plan()
+// Launch   grid (half groups of 4 channels / n_half, n_seq), n_turn warps; choose_plan()
 // Types    arithmetic f32. With 16-bit inputs exp is the special-function unit's (2 ulp); with f32
 //          inputs a polynomial (1 ulp), since a long memory adds up what a decay close to 1 is off.
 //          More than 16 states are done 16 at a time, unit by unit
@@ -36,14 +37,19 @@
 // Roofline d_state + 3 special-function results per channel and token, and about 160 instructions
 //          of a thread: bound by both, not by bytes
 // Measured H100 80GB HBM3, bf16, 2048 tokens of one sequence, us at d_inner 1536, 2048, 3072, 4096
-//          and 5120 (tools/bench_ops): 36, 36, 51, 65 and 81. Special functions alone would need
-//          14, 19, 29, 38 and 48. At 5120 L1 with shared memory is busy for 68% of it, L2 for 37%
-//          and issue slots for 58%; a third of the time warps stand at exponentials, whose queue
-//          is that of shared memory, too. 1536 channels fill only 96 of 132 multiprocessors
+//          and 5120 (tools/bench_ops): 31, 36, 51, 65 and 81; 8192 tokens of 1536: 109. Special
+//          functions alone would need 14, 19, 29, 38 and 48. What binds is the pipe of shared
+//          memory, 89 cycles a unit: with neither gates nor exponentials 8192 tokens of 2048 take
+//          105 us of 126, with the pipe by count at 89%. Without gates alone 119, without
+//          exponentials alone 118; at 5120, 2048 tokens, 76 and 69 of 81. A part of the
+//          exponentials as polynomials costs more issue slots than it saves: 2, 4, 6 and 8 of 16
+//          states take 83, 85, 94 and 108 us at 5120. Units of 16 tokens with 8 warps: 34, 40 and
+//          95 us at 1536, 2048 and 5120
 // Same as  kernels/cpu; tests/ops
 #include <algorithm>
 #include <climits>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/device.cuh"
@@ -54,9 +60,9 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kStates = 16;    // of a pass
-constexpr int kMaxWarps = 16;  // of a block
-constexpr int kMaxGroups = 5;  // of a block
+constexpr int kStates = 16;     // of a pass
+constexpr int kMaxWarps = 16;   // of a block
+constexpr int kMaxHalves = 10;  // of a block: half groups of channels
 
 struct ScanShape {
   int d_inner;
@@ -159,34 +165,69 @@ struct Gate {
   }
 };
 
-// How the lanes of a warp share a unit.
-constexpr int kHeld = 4;                  // states of a lane
-constexpr int kLanes = kStates / kHeld;   // of a channel
-constexpr int kChannels = 32 / kLanes;    // of a unit
-constexpr int kTokens = 8;                // of a unit
-constexpr int kItems = kTokens / kLanes;  // of them those whose x, dt, z and y a lane has
+// How the lanes of a warp share a unit: of a group of 8 channels 4 lanes each, or, of the half
+// group that a block may have last, 8.
+constexpr int kChannels = 8;  // of a group
+constexpr int kTokens = 8;    // of a unit
+constexpr int kHeld = 4;      // states of a lane, at most
+constexpr int kItems = 2;     // tokens whose x, dt, z and y a lane has, at most
 
-// Lane bits: 1 is a channel's, 0 a state's, so that a load of B or C and one of dt and dt * x have
-// the same address in lanes that differ in that bit alone, which halves their cost.
-__device__ __forceinline__ int state_of(int lane) { return (lane & 1) | (lane >> 1 & 2); }
-__device__ __forceinline__ int channel_of(int lane) { return (lane >> 1 & 1) | lane >> 3 << 1; }
+struct Share {
+  int lanes;    // of a channel
+  int state;    // which of them this one is
+  int channel;  // of the unit
 
-/// Of each 2 * kHalf tokens a lane gives half away and adds what it gets to the rest.
-template <int kHalf, int kMask>
+  // Lane bits: 1 is a channel's, 0 a state's, so that a load of B or C and one of dt and dt * x
+  // have the same address in lanes that differ in that bit alone, which halves their cost.
+  __device__ __forceinline__ Share(bool half, int lane)
+      : lanes(half ? 8 : 4),
+        state((lane & 1) | (lane >> 1 & (half ? 6 : 2))),
+        channel((lane >> 1 & 1) | lane >> (half ? 4 : 3) << 1) {}
+  [[nodiscard]] __device__ __forceinline__ int held() const { return kStates / lanes; }
+  [[nodiscard]] __device__ __forceinline__ int items() const { return kTokens / lanes; }
+};
+
+/// What a lane holds of a channel's states.
+__device__ __forceinline__ void load_held(float (&v)[kHeld], const void* from, const Share& share) {
+  if (share.held() == 4) {
+    const float4 q = *static_cast<const float4*>(from);
+    v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+  } else {
+    const float2 q = *static_cast<const float2*>(from);
+    v[0] = q.x, v[1] = q.y;
+  }
+}
+__device__ __forceinline__ void store_held(void* to, const float (&v)[kHeld], const Share& share) {
+  if (share.held() == 4) {
+    *static_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
+  } else {
+    *static_cast<float2*>(to) = {v[0], v[1]};
+  }
+}
+
+/// Of each 2 * kHalf tokens a lane gives half away and adds what it gets to the rest, after which
+/// it has kLeft.
+template <int kHalf, int kMask, int kLeft>
 __device__ __forceinline__ void sum_round(float (&v)[kTokens], int lane) {
   const bool upper = (lane & kMask) != 0;
 #pragma unroll
-  for (int i = 0; i < kItems * kHalf; ++i) {
+  for (int i = 0; i < kLeft; ++i) {
     const int lower = i / kHalf * (2 * kHalf) + i % kHalf;
     const float give = upper ? v[lower] : v[lower + kHalf];
     const float have = upper ? v[lower + kHalf] : v[lower];
     v[i] = have + __shfl_xor_sync(0xffffffffU, give, kMask);
   }
 }
-/// The lanes' shares v[token] to sums: v[i] becomes the sum of token i * kLanes + state_of(lane).
-__device__ __forceinline__ void sum_lanes(float (&v)[kTokens], int lane) {
-  sum_round<2, 4>(v, lane);
-  sum_round<1, 1>(v, lane);
+/// The lanes' shares v[token] to sums: v[i] becomes the sum of token i * share.lanes + share.state.
+__device__ __forceinline__ void sum_lanes(float (&v)[kTokens], const Share& share, int lane) {
+  if (share.lanes == 8) {
+    sum_round<4, 8, 4>(v, lane);
+    sum_round<2, 4, 2>(v, lane);
+    sum_round<1, 1, 1>(v, lane);
+  } else {
+    sum_round<2, 4, 4>(v, lane);
+    sum_round<1, 1, 2>(v, lane);
+  }
 }
 
 /// A unit, and shared memory of a block, in bytes: for each group what all warps need of it, then
@@ -214,12 +255,13 @@ struct Layout {
   static constexpr int kPass = 2 * kH + kMaxWarps * 8;
   int pitch, of_array, of_round, of_group, own, of_warp;
 
-  __host__ __device__ constexpr Layout(int n_group, int n_pass)
-      : pitch(((n_group * kRow + 31) / 32 | 1) * 32),
+  /// With a half group a row begins up to 24 bytes into a sector.
+  __host__ __device__ constexpr Layout(int n_half, int n_pass)
+      : pitch(((n_half * kRow / 2 + (n_half % 2 == 1 ? 24 : 0) + 31) / 32 | 1) * 32),
         of_array(kTokens * pitch),
         of_round(kRawBC + 3 * of_array),
         of_group(kCarried + n_pass * kPass),
-        own(n_group * of_group),
+        own((n_half + 1) / 2 * of_group),
         of_warp(kOwn + kAhead * of_round + of_array) {}
   [[nodiscard]] constexpr int bytes(int n_turn) const { return own + n_turn * of_warp; }
 };
@@ -231,8 +273,9 @@ __device__ __forceinline__ int shift_of(int e0) {
 }
 
 /// Copies of the tokens of a warp's rounds on their way to shared memory, a lane's pieces of them:
-/// of 8 tokens at a time every fourth piece of a row.
-template <typename T, int kGroups>
+/// of 8 tokens at a time every fourth piece of a row. Where a half group lies half in a piece, the
+/// whole of it comes.
+template <typename T, int kHalves>
 class RawRounds {
   using At = Layout<T>;
 
@@ -241,8 +284,8 @@ class RawRounds {
                                         int e0, int n_turn, int lane) {
     const int64_t step = n_turn * kTokens * int64_t{sizeof(T)};
     const int token = lane / 4;
-    const int e = e0 + lane % 4 * Vec16<T>::kSize;
-    shift_ = shift_of<T>(e0);
+    const int e = e0 / Vec16<T>::kSize * Vec16<T>::kSize + lane % 4 * Vec16<T>::kSize;
+    shift_ = shift_of<T>(e0) / 16 * 16;
     const T* const of[3] = {p.x + (row + token) * shape.x + e, p.dt + (row + token) * shape.dt + e,
                             p.z + (row + token) * shape.z + e};
     const int64_t stride[3] = {shape.x, shape.dt, shape.z};
@@ -266,7 +309,7 @@ class RawRounds {
   /// The next of them, of which `left` tokens exist (less than 1: nothing); the rest becomes 0.
   __device__ __forceinline__ void request(char* to, int left, int lane) {
     if (left > 0) {
-      constexpr Layout<T> at(kGroups, 1);
+      constexpr Layout<T> at(kHalves, 1);
       const int token = lane / 4;
       char* const rows = to + At::kRawBC + token * at.pitch + shift_ + lane % 4 * 16;
 #pragma unroll
@@ -291,7 +334,7 @@ class RawRounds {
   }
 
  private:
-  static constexpr int kOfRow = kGroups * At::kRow / 16;
+  static constexpr int kOfRow = (kHalves * At::kRow / 2 + 15) / 16;
   static constexpr int kOfRowBC = At::kRowBC / 16;
   static constexpr int kPiecesBC = 2 * kTokens * kOfRowBC;
   static constexpr int kOfLaneBC = kPiecesBC / 32;
@@ -390,7 +433,7 @@ __device__ __forceinline__ float decay(float v) {
 }
 
 /// kPlain: one pass does all states, rows can be copied in pieces and groups have all channels.
-template <typename T, int kGroups, bool kPlain>
+template <typename T, int kHalves, bool kPlain>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     selective_scan_kernel(ScanPointers<T> p, ScanShape shape) {
   using At = Layout<T>;
@@ -398,8 +441,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   char* const s = reinterpret_cast<char*>(shared_raw);
   const int n_pass = kPlain ? 1 : shape.n_pass;
   const int n_turn = static_cast<int>(blockDim.x) / 32;
-  const int first = static_cast<int>(blockIdx.x) * kGroups * kChannels;  // channel
-  const Layout<T> at(kGroups, n_pass);
+  constexpr int kGroups = (kHalves + 1) / 2;
+  constexpr int kOfBlock = kHalves * kChannels / 2;
+  const int first = static_cast<int>(blockIdx.x) * kOfBlock;  // channel
+  const Layout<T> at(kHalves, n_pass);
   {
     const auto thread = static_cast<int>(threadIdx.x);
     const auto threads = static_cast<int>(blockDim.x);
@@ -414,7 +459,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     }
     if constexpr (kPlain) {
       constexpr int kOfGroup = kChannels * kStates;
-      for (int i = thread; i < kGroups * kOfGroup; i += threads) {
+      for (int i = thread; i < kOfBlock * kStates; i += threads) {
         const int n = i % kStates;
         const int64_t from = int64_t{first + i / kStates} * shape.d_state + n;
         reinterpret_cast<float*>(s + i / kOfGroup * at.of_group)[i % kOfGroup] =
@@ -426,45 +471,49 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int before = warp > 0 ? warp - 1 : n_turn - 1;  // the warp of the unit before
-  const int state = state_of(lane);
-  const int channel = channel_of(lane);
-  const auto each_state = [&](int pass, auto f) {
+  const Share of_group(false, lane);
+  const Share of_half(true, lane);
+  const auto share_of = [&](int g) { return 2 * g + 1 == kHalves ? of_half : of_group; };
+  const auto each_state = [&](int g, int pass, auto f) {
+    const Share my = share_of(g);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int n = pass * kStates + state * kHeld + i;
-      if (n < shape.d_state) f(i, n);
+      const int n = pass * kStates + my.state * my.held() + i;
+      if (i < my.held() && n < shape.d_state) f(i, n);
     }
   };
   // Lanes of channels past the last one do its work once more and keep it to themselves.
   const auto exists = [&](int g) {
-    return kPlain || first + g * kChannels + channel < shape.d_inner;
+    return kPlain || first + g * kChannels + share_of(g).channel < shape.d_inner;
   };
   const auto channel_in = [&](int g) {
-    return int64_t{min(first + g * kChannels + channel, shape.d_inner - 1)};
+    return int64_t{min(first + g * kChannels + share_of(g).channel, shape.d_inner - 1)};
   };
-  const int quad = (channel * kLanes + state) * 16;  // of a group's states, in bytes
-  const char* const of_lane_A = s + quad;
+  // A lane's first of a group's states, in bytes
+  const auto quad = [&](int g) {
+    const Share my = share_of(g);
+    return (my.channel * my.lanes + my.state) * my.held() * 4;
+  };
   float A[kHeld];
   const auto load_A = [&](int g, int pass) {
     if constexpr (kPlain) {
-      const float4 v = *reinterpret_cast<const float4*>(of_lane_A + g * at.of_group);
-      A[0] = v.x, A[1] = v.y, A[2] = v.z, A[3] = v.w;
+      load_held(A, s + g * at.of_group + quad(g), share_of(g));
     } else {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) A[i] = 0.0F;
-      each_state(pass,
+      each_state(g, pass,
                  [&](int i, int n) { A[i] = p.A[channel_in(g) * shape.d_state + n] * kLog2e; });
     }
   };
   char* const own = s + at.own + warp * at.of_warp;
-  char* const fine = own + channel * At::kFineChannel;
+  const auto fine = [&](int g) { return own + share_of(g).channel * At::kFineChannel; };
   auto* const B = reinterpret_cast<float*>(own + At::kFine);
   constexpr int kC = kTokens * kStates;
-  const int of_lane = state * kHeld;  // its first B and C
+  const auto of_lane = [&](int g) { return share_of(g).state * share_of(g).held(); };  // of B, C
   char* const raw = own + At::kOwn;
   // h goes from turn to turn through two places by turns; one turn alone needs one.
   const auto carried = [&](int turn) {
-    return s + At::kCarried + (n_turn > 1 ? turn & 1 : 0) * At::kH + quad;
+    return s + At::kCarried + (n_turn > 1 ? turn & 1 : 0) * At::kH;
   };
   char* const h_from = carried(before);
   char* const h_to = carried(warp);
@@ -486,10 +535,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   int left = end - row;  // tokens from the unit's first to the last
   // y of a round goes out in whole rows, a lane's pieces of them like those that come in.
   char* const y_rows = raw + At::kAhead * at.of_round;
-  constexpr int kOfRow = kGroups * At::kRow / 16;
-  auto* y = reinterpret_cast<char*>(p.y + (row + lane / 4) * shape.y + first) + lane % 4 * 16;
+  constexpr int kRowBytes = kOfBlock * static_cast<int>(sizeof(T));
+  constexpr int kPiece = kRowBytes % 16 == 0 ? 16 : 8;
+  constexpr int kOfRow = kRowBytes / kPiece;
+  auto* y = reinterpret_cast<char*>(p.y + (row + lane / 4) * shape.y + first) + lane % 4 * kPiece;
   const int64_t y_round = step * shape.y * int64_t{sizeof(T)};
-  RawRounds<T, kGroups> ahead;
+  RawRounds<T, kHalves> ahead;
   if constexpr (kPlain) {
     ahead.begin(p, shape, row, first, n_turn, lane);
 #pragma unroll
@@ -502,11 +553,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   for (int g = n_turn - 1 - warp; g < kGroups; g += n_turn) {
     for (int pass = 0; pass < n_pass; ++pass) {
       float h[kHeld] = {};
-      each_state(pass, [&](int i, int n) {
+      each_state(g, pass, [&](int i, int n) {
         h[i] = load_state(p.ssm_state, shape.state, row_of_state(g) + n);
       });
       const int of = place(g, pass);
-      *reinterpret_cast<float4*>(carried(n_turn - 1) + of) = {h[0], h[1], h[2], h[3]};
+      store_held(carried(n_turn - 1) + of + quad(g), h, share_of(g));
       reinterpret_cast<Gate*>(s + At::kGates + (n_turn - 1) * 8 + of)->arrive(lane);
     }
   }
@@ -520,9 +571,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   };
   const auto stage = [&](int round, int g, int pass, int at_row, int n_tok) {
     char* const tokens = raw + (kPlain ? (round & 1) * at.of_round : 0);
-    const char* const of = tokens + At::kRawBC + state * at.pitch + g * At::kRow +
+    const Share my = share_of(g);
+    const char* const of = tokens + At::kRawBC + my.state * at.pitch + g * At::kRow +
                            shift_of<T>(first) +
-                           channel * static_cast<int>(sizeof(T));  // x of its first token
+                           my.channel * static_cast<int>(sizeof(T));  // x of its first token
     if constexpr (kPlain) {
       if (g == 0) await_copies<At::kAhead - 1>();
     } else {
@@ -536,26 +588,28 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     if (!kPlain || g == 0) convert_states<T>(B, C_of(round, pass), tokens, lane);
     if (kPlain || pass == 0) {
       const auto item = [&](int array, int i) {
-        return *reinterpret_cast<const T*>(of + array * at.of_array + i * kLanes * at.pitch);
+        return *reinterpret_cast<const T*>(of + array * at.of_array + i * my.lanes * at.pitch);
       };
       const float2 edge =
-          *reinterpret_cast<const float2*>(s + At::kEdges + channel * 8 + g * at.of_group);
+          *reinterpret_cast<const float2*>(s + At::kEdges + my.channel * 8 + g * at.of_group);
       T raw_x[kItems], raw_dt[kItems], raw_z[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (i >= my.items()) continue;
         raw_dt[i] = item(1, i);
         raw_x[i] = item(0, i);
         raw_z[i] = item(2, i);
       }
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (i >= my.items()) continue;
         const float x = to_float(raw_x[i]);
         z[i] = to_float(raw_z[i]);
         const float v = softplus(to_float(raw_dt[i]) + edge.x);
         // Past the end dt = 0: exp(0) = 1 and nothing is added, so the state passes unchanged.
-        const int t = i * kLanes + state;
+        const int t = i * my.lanes + my.state;
         const float dt = t < n_tok ? v : 0.0F;
-        *reinterpret_cast<float2*>(fine + t * 8) = {dt, dt * x};
+        *reinterpret_cast<float2*>(fine(g) + t * 8) = {dt, dt * x};
         Dx[i] = edge.y * x;
       }
     }
@@ -566,25 +620,27 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   };
   // Then, in registers, the decays a and what is added, which the chain turns into h.
   float a[kTokens][kHeld], h[kTokens][kHeld];
-  const auto prepare = [&](int t) {
-    const float4 of_two = *reinterpret_cast<const float4*>(fine + t * 8);
-    const float4 b[2] = {*reinterpret_cast<const float4*>(B + of_lane + t * kStates),
-                         *reinterpret_cast<const float4*>(B + of_lane + (t + 1) * kStates)};
+  const auto prepare = [&](int t, int g) {
+    const Share my = share_of(g);
+    const float4 of_two = *reinterpret_cast<const float4*>(fine(g) + t * 8);
     const float dt[2] = {of_two.x, of_two.z}, dx[2] = {of_two.y, of_two.w};
+    float b[2][kHeld];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_held(b[i], B + of_lane(g) + (t + i) * kStates, my);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int n = 0; n < kHeld; ++n) a[t + i][n] = decay<T>(dt[i] * A[n]);
-      h[t + i][0] = dx[i] * b[i].x;
-      h[t + i][1] = dx[i] * b[i].y;
-      h[t + i][2] = dx[i] * b[i].z;
-      h[t + i][3] = dx[i] * b[i].w;
+      for (int n = 0; n < kHeld; ++n) {
+        if (n >= my.held()) continue;
+        a[t + i][n] = decay<T>(dt[i] * A[n]);
+        h[t + i][n] = dx[i] * b[i][n];
+      }
     }
   };
   stage(0, 0, 0, row, left);
   load_A(0, 0);
 #pragma unroll
-  for (int t = 0; t < kTokens; t += 2) prepare(t);
+  for (int t = 0; t < kTokens; t += 2) prepare(t, 0);
 
   float share[kTokens];
 #pragma unroll 1
@@ -602,19 +658,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
         float this_Dx[kItems], this_z[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) this_Dx[i] = Dx[i], this_z[i] = z[i];
-        const float* const of_C = C_of(round, pass) + of_lane;
+        const Share my = share_of(g);
+        const float* const of_C = C_of(round, pass) + of_lane(g);
         stage(next_round, next_g, next_pass, goes_on ? row + step : row, next_left);
 
         const int of = place(g, pass);
         reinterpret_cast<const Gate*>(gate_from + of)->wait(round);
-        const float4 from = *reinterpret_cast<const float4*>(h_from + of);
-        float now[kHeld] = {from.x, from.y, from.z, from.w};
+        float now[kHeld];
+        load_held(now, h_from + of + quad(g), my);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-          for (int n = 0; n < kHeld; ++n) now[n] = h[t][n] = fmaf(a[t][n], now[n], h[t][n]);
+          for (int n = 0; n < kHeld; ++n) {
+            if (n < my.held()) now[n] = h[t][n] = fmaf(a[t][n], now[n], h[t][n]);
+          }
         }
-        *reinterpret_cast<float4*>(h_to + of) = {now[0], now[1], now[2], now[3]};
+        store_held(h_to + of + quad(g), now, my);
         reinterpret_cast<Gate*>(gate_to + of)->arrive(lane);
 
         // The next warp has its turn. Shares of y, and in the same registers the next unit.
@@ -623,26 +682,30 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
         for (int t = 0; t < kTokens; t += 2) {
 #pragma unroll
           for (int i = t; i < t + 2; ++i) {
-            const float4 c = *reinterpret_cast<const float4*>(of_C + i * kStates);
-            float sum = c.x * h[i][0];
+            float c[kHeld];
+            load_held(c, of_C + i * kStates, my);
+            float sum = c[0] * h[i][0];
             if (!kPlain && pass > 0) sum += share[i];
-            sum = fmaf(c.y, h[i][1], sum);
-            sum = fmaf(c.z, h[i][2], sum);
-            share[i] = fmaf(c.w, h[i][3], sum);
+#pragma unroll
+            for (int n = 1; n < kHeld; ++n) {
+              if (n < my.held()) sum = fmaf(c[n], h[i][n], sum);
+            }
+            share[i] = sum;
           }
-          prepare(t);
+          prepare(t, next_g);
         }
         if (ends) {
-          sum_lanes(share, lane);
+          sum_lanes(share, my, lane);
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
-            const int t = i * kLanes + state;
+            if (i >= my.items()) continue;
+            const int t = i * my.lanes + my.state;
             const T v = from_float<T>((share[i] + this_Dx[i]) * silu(this_z[i]));
             if constexpr (kPlain) {
               *reinterpret_cast<T*>(y_rows + t * at.pitch + g * At::kRow +
-                                    channel * static_cast<int>(sizeof(T))) = v;
+                                    my.channel * static_cast<int>(sizeof(T))) = v;
             } else {
-              store_if(exists(g) && t < left, p.y + (row + t) * shape.y + first + channel, v);
+              store_if(exists(g) && t < left, p.y + (row + t) * shape.y + first + my.channel, v);
             }
           }
         }
@@ -653,8 +716,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 #pragma unroll
       for (int column = 0; column < kOfRow; column += 4) {
         if (column + lane % 4 < kOfRow && lane / 4 < left) {
-          *reinterpret_cast<uint4*>(y + column * 16) = *reinterpret_cast<const uint4*>(
-              y_rows + lane / 4 * at.pitch + (column + lane % 4) * 16);
+          using Piece = std::conditional_t<kPiece == 16, uint4, uint2>;
+          *reinterpret_cast<Piece*>(y + column * kPiece) = *reinterpret_cast<const Piece*>(
+              y_rows + lane / 4 * at.pitch + (column + lane % 4) * kPiece);
         }
       }
       y += y_round;
@@ -665,9 +729,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   if (left + step <= kTokens) {  // it had the last unit
     for (int g = 0; g < kGroups; ++g) {
       for (int pass = 0; pass < n_pass && exists(g); ++pass) {
-        const float4 v = *reinterpret_cast<const float4*>(h_to + place(g, pass));
-        const float end_h[kHeld] = {v.x, v.y, v.z, v.w};
-        each_state(pass, [&](int i, int n) {
+        float end_h[kHeld];
+        load_held(end_h, h_to + place(g, pass) + quad(g), share_of(g));
+        each_state(g, pass, [&](int i, int n) {
           store_state(p.ssm_state, shape.state, row_of_state(g) + n, end_h[i]);
         });
       }
@@ -675,40 +739,62 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   }
 }
 
-/// Groups of channels of a block, and its warps, which take turns.
+/// Half groups of channels of a block, and its warps, which take turns.
 struct Plan {
-  int n_group, n_turn;
+  int n_half, n_turn;
 };
 
+/// Half groups that a block can have, and its kernel.
+constexpr int kForms[] = {2, 3, 4, 6, 8, 10};
+template <typename T>
+auto* plain_kernel(int n_half) {
+  switch (n_half) {
+    case 2:
+      return &selective_scan_kernel<T, 2, true>;
+    case 3:
+      return &selective_scan_kernel<T, 3, true>;
+    case 4:
+      return &selective_scan_kernel<T, 4, true>;
+    case 6:
+      return &selective_scan_kernel<T, 6, true>;
+    case 8:
+      return &selective_scan_kernel<T, 8, true>;
+    default:
+      return &selective_scan_kernel<T, 10, true>;
+  }
+}
+
 /// The plan of the least time by what was measured, in cycles (H100): what a unit takes of a
-/// multiprocessor, the least from one link of a group's chain to the next, what a warp needs from
-/// one of its units to the next, and what a block takes to begin and to end. `max_group` is the
-/// most groups of a block; `bytes_of` tells the shared memory of a plan.
+/// multiprocessor, what one of a half group takes, the least from one link of a group's chain to
+/// the next, what a warp needs from one of its units to the next, and what a block takes to begin
+/// and to end. `max_half` is the most half groups of a block; `bytes_of` tells the shared memory of
+/// a plan.
 template <typename Bytes>
-Plan choose_plan(const ScanShape& shape, int64_t n_seq, int64_t length, int max_group,
+Plan choose_plan(const ScanShape& shape, int64_t n_seq, int64_t length, int max_half,
                  Bytes bytes_of) {
-  constexpr int64_t kUnit = 117, kLink = 156, kOwn = 1600, kEnds = 8000;
+  constexpr int64_t kUnit = 117, kHalfUnit = 90, kLink = 156, kOwn = 1600, kEnds = 8000;
   const int64_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t groups = ceil_div(int64_t{shape.d_inner}, int64_t{kChannels});
+  const int64_t halves = ceil_div(int64_t{shape.d_inner}, int64_t{kChannels}) * 2;
   const int64_t units = ceil_div(length, int64_t{kTokens});
-  Plan best{1, 1};
+  Plan best{2, 1};
   int64_t best_cost = std::numeric_limits<int64_t>::max();
-  for (int n_group = 1; n_group <= max_group; ++n_group) {
-    if (groups % n_group != 0) continue;
+  for (const int n_half : kForms) {
+    if (n_half > max_half || halves % n_half != 0) continue;
+    const int64_t round = n_half / 2 * kUnit + n_half % 2 * kHalfUnit;
     for (int n_turn = 1; n_turn <= kMaxWarps; n_turn += n_turn > 1 ? 2 : 1) {
-      const int bytes = bytes_of(n_group, n_turn);
+      const int bytes = bytes_of(n_half, n_turn);
       if (bytes > room) break;
       // Blocks of a multiprocessor. Those of 4, 8 .. warps share its schedulers evenly.
       const int64_t together = n_turn % 4 == 0 ? std::min(kMaxWarps / n_turn, room / bytes) : 1;
-      const int64_t blocks = groups / n_group * n_seq;
+      const int64_t blocks = halves / n_half * n_seq;
       const int64_t on_one = std::min(together, ceil_div(blocks, n_sm));
-      const int64_t busy = units * n_group * on_one * kUnit;
+      const int64_t busy = units * on_one * round;
       const int64_t chain = units * kLink;
-      const int64_t own = ceil_div(units, int64_t{n_turn}) * n_group * kOwn;
+      const int64_t own = ceil_div(units, int64_t{n_turn}) * round * kOwn / kUnit;
       const int64_t cost =
           ceil_div(blocks, n_sm * together) * (std::max({busy, chain, own}) + kEnds * on_one);
-      if (cost <= best_cost) best = {n_group, n_turn}, best_cost = cost;
+      if (cost <= best_cost) best = {n_half, n_turn}, best_cost = cost;
     }
   }
   return best;
@@ -752,19 +838,15 @@ void selective_scan(const Tensor& y, const ScanInputs& in, const Tensor& ssm_sta
     const bool plain = shape.n_pass == 1 && shape.d_inner % kChannels == 0 &&
                        d_state % Vec16<T>::kSize == 0 && copies(in.x) && copies(in.dt) &&
                        copies(in.z) && copies(in.B) && copies(in.C) && copies(y);
-    const auto bytes_of = [&](int n_group, int n_turn) {
-      return Layout<T>(n_group, shape.n_pass).bytes(n_turn);
+    const auto bytes_of = [&](int n_half, int n_turn) {
+      return Layout<T>(n_half, shape.n_pass).bytes(n_turn);
     };
     const Plan plan =
-        choose_plan(shape, batch.n_seq, batch.max_len, plain ? kMaxGroups : 1, bytes_of);
-    constexpr decltype(&selective_scan_kernel<T, 1, true>) kByGroups[kMaxGroups] = {
-        &selective_scan_kernel<T, 1, true>, &selective_scan_kernel<T, 2, true>,
-        &selective_scan_kernel<T, 3, true>, &selective_scan_kernel<T, 4, true>,
-        &selective_scan_kernel<T, 5, true>};
-    auto* const kernel = plain ? kByGroups[plan.n_group - 1] : &selective_scan_kernel<T, 1, false>;
-    const int bytes = bytes_of(plan.n_group, plan.n_turn);
+        choose_plan(shape, batch.n_seq, batch.max_len, plain ? kMaxHalves : 2, bytes_of);
+    auto* const kernel = plain ? plain_kernel<T>(plan.n_half) : &selective_scan_kernel<T, 2, false>;
+    const int bytes = bytes_of(plan.n_half, plan.n_turn);
     KRAIT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    const int64_t channels = int64_t{plan.n_group} * kChannels;
+    const int64_t channels = int64_t{plan.n_half} * kChannels / 2;
     const dim3 grid(static_cast<unsigned>(ceil_div(int64_t{shape.d_inner}, channels)),
                     static_cast<unsigned>(batch.n_seq));
     launch("selective_scan", kernel, grid, static_cast<unsigned>(32 * plan.n_turn),

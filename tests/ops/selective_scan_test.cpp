@@ -135,7 +135,7 @@ std::vector<ScanCase> scan_cases() {
       cases.push_back(c);
     };
     vary("base", [](ScanCase&) {});
-    for (const int64_t d : {1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 129, 1536}) {
+    for (const int64_t d : {1, 2, 7, 8, 15, 16, 17, 24, 31, 33, 64, 72, 120, 129, 1536}) {
       vary(fmt::format("d{}", d), [&](ScanCase& c) { c.d_inner = d; });
     }
     for (const int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 32, 33, 64, 100, 128, 255, 256}) {
