@@ -19,10 +19,6 @@ std::unique_ptr<Ops> make_cuda_ops(int) { no_cuda(); }
 
 std::vector<Primitive> measure_primitives(int) { no_cuda(); }
 
-void start_core_clock(int) { no_cuda(); }
-
-double mean_core_clock(int) { no_cuda(); }
-
 int cuda_device_count() noexcept { return 0; }
 
 }  // namespace krait

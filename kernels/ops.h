@@ -173,6 +173,11 @@ class Ops {
   }
   virtual void synchronize() = 0;
 
+  /// From now on, when all that was launched is done, the cycles of a GPU's cores count.
+  virtual void start_core_clock() {}
+  /// Their mean clock since then, in Hz, until all that was launched is done. 0: no GPU.
+  [[nodiscard]] virtual double mean_core_clock() { return 0; }
+
   /// Brings a weight (dense, in host memory) to the device as `dtype`: a view of the host memory
   /// where that will do (CPU, same dtype, aligned), which must then stay as long as this object,
   /// else a converted copy owned by this object, and `host` is read before the return. Returns at

@@ -1,6 +1,6 @@
 // The latencies and rates of a CUDA device that decide how a decode step is built: what a barrier
 // between its phases costs, what a kernel boundary costs, how fast memory and the special-function
-// units are. For `bench_ops --primitives`. And the clock that its cores run at, for `krait bench`.
+// units are. For `bench_ops --primitives`.
 #pragma once
 
 #include <string>
@@ -17,11 +17,5 @@ struct Primitive {
 /// Measures all of them on CUDA device `index`, one block a multiprocessor unless a name says
 /// otherwise. Error device: there is none.
 [[nodiscard]] std::vector<Primitive> measure_primitives(int index);
-
-/// From now on the cycles of the multiprocessors of CUDA device `index` count. Error device: there
-/// is none.
-void start_core_clock(int index);
-/// Their mean clock since then, in Hz.
-[[nodiscard]] double mean_core_clock(int index);
 
 }  // namespace krait

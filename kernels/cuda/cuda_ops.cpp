@@ -162,6 +162,9 @@ class CudaOps final : public Ops {
   }
   void synchronize() override { KRAIT_CUDA(cudaStreamSynchronize(stream_)); }
 
+  void start_core_clock() override { cuda::start_core_clock(stream_); }
+  double mean_core_clock() override { return cuda::mean_core_clock(stream_); }
+
   Tensor import_weight(const Tensor& host, DType dtype) override {
     const size_t bytes = static_cast<size_t>(host.numel()) * itemsize(dtype);
     Tensor t(place(bytes), dtype, host.shape);

@@ -84,4 +84,8 @@ void log_prob(const Tensor& logprob, const Tensor& best, const Tensor& logits, i
 void stream_copy(void* dst, const void* src, size_t bytes, cudaStream_t stream);
 void stream_read(void* sum, const void* src, size_t bytes, cudaStream_t stream);
 
+/// Ops::start_core_clock() and mean_core_clock(), behind what is on `stream`.
+void start_core_clock(cudaStream_t stream);
+double mean_core_clock(cudaStream_t stream);
+
 }  // namespace krait::cuda

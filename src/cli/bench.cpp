@@ -22,7 +22,6 @@
 #include "cli/console.h"
 #include "cli/plot.h"
 #include "cli/session.h"
-#include "kernels/primitives.h"
 
 namespace krait {
 
@@ -108,7 +107,7 @@ WarmedUp warm_up(double least, F&& body) {
 /// a pause of the host and, where the clock swings, its whole swing: with as many bodies as that
 /// needs. `body` returns the seconds until each sequence had its first token.
 template <typename F>
-void time(BenchRow& row, const BenchFlags& flags, bool gpu, F&& body) {
+void time(BenchRow& row, const BenchFlags& flags, Ops& op, F&& body) {
   constexpr double kSteady = 0.2;
   constexpr double kSwinging = 1;
   const WarmedUp warm = warm_up(flags.warm_up, body);
@@ -116,12 +115,12 @@ void time(BenchRow& row, const BenchFlags& flags, bool gpu, F&& body) {
   const int times = std::max(1, static_cast<int>(std::ceil(sample / warm.once)));
   for (int r = 0; r < flags.repetitions; ++r) {
     double first_token = 0;
-    if (gpu) start_core_clock(device_index(flags.device));
+    op.start_core_clock();
     const auto start = Clock::now();
     for (int i = 0; i < times; ++i) first_token += body();
     row.seconds.push_back(seconds_since(start) / times);
     if (row.test.n_prompt > 0) row.first_token.push_back(first_token / times);
-    if (gpu) row.clock.push_back(mean_core_clock(device_index(flags.device)));
+    if (const double clock = op.mean_core_clock(); clock > 0) row.clock.push_back(clock);
   }
 }
 
@@ -150,7 +149,7 @@ class Runner {
     const std::vector<int32_t> ids =
         some_ids(t.n_batch * std::max<int64_t>(t.n_prompt, 1), model_.config().vocab_size);
     if (t.n_prompt == 0) start(engine, ids, 1);
-    time(row, flags_, op_.backend() != "cpu", [&] {
+    time(row, flags_, op_, [&] {
       double first_token = 0;
       if (t.n_prompt > 0) {
         const auto begin = Clock::now();
