@@ -188,7 +188,7 @@ class CudaOps final : public Ops {
     cuda::rms_norm_parts(x, widths, eps, stream_);
   }
   void linear(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias) override {
-    product(out, in, W, bias, false, stream_);
+    product(out, in, W, bias, false);
   }
   void linear_soon(const Tensor& out, int64_t n_soon, const Tensor& in, const Tensor& W,
                    const Tensor& bias, const Batch& batch) override {
@@ -197,27 +197,30 @@ class CudaOps final : public Ops {
         in.dim(0) > (batch.max_len > 1 ? kAsidePrompt : kAsideStep)) {
       return linear(out, in, W, bias);
     }
-    const auto part = [&](int64_t begin, int64_t n, cudaStream_t stream) {
+    const auto part = [&](int64_t begin, int64_t n, bool aside) {
       product(out.columns(begin, n), in, W.rows(begin, n), bias ? bias.rows(begin, n) : bias, false,
-              stream);
+              aside);
     };
-    part(0, n_soon, stream_);
+    part(0, n_soon, false);
     // What follows are short kernels that leave the memory alone for the most part: the rest of the
     // weights is read beside them.
-    KRAIT_CUDA(cudaEventRecord(forked_, stream_));
-    KRAIT_CUDA(cudaStreamWaitEvent(aside_, forked_, 0));
+    if (capturing()) {
+      KRAIT_CUDA(cudaEventRecord(forked_, stream_));
+      KRAIT_CUDA(cudaStreamWaitEvent(aside_, forked_, 0));
+    }
     settling_ = true;
-    part(n_soon, n_later, aside_);
+    part(n_soon, n_later, true);
   }
   void settle() override {
-    if (!settling_) return;
-    KRAIT_CUDA(cudaEventRecord(joined_, aside_));
-    KRAIT_CUDA(cudaStreamWaitEvent(stream_, joined_, 0));
+    if (settling_ && capturing()) {
+      KRAIT_CUDA(cudaEventRecord(joined_, aside_));
+      KRAIT_CUDA(cudaStreamWaitEvent(stream_, joined_, 0));
+    }
     settling_ = false;
   }
   void linear_add(const Tensor& acc, const Tensor& in, const Tensor& W,
                   const Tensor& bias) override {
-    product(acc, in, W, bias, true, stream_);
+    product(acc, in, W, bias, true);
   }
   void conv1d_silu(const Tensor& out, const Tensor& u, const Tensor& weight, const Tensor& bias,
                    const Tensor& conv_state, const Batch& batch) override {
@@ -408,6 +411,8 @@ class CudaOps final : public Ops {
     return read_early_ && batch.n_seq <= kEarlyRows && read_early_->insert(state.data).second;
   }
 
+  [[nodiscard]] bool capturing() const { return read_early_.has_value(); }
+
   /// Calls `step`, of which products may run aside, in the same way when it is captured and before.
   void run_step(const std::function<void()>& step) {
     in_step_ = true;
@@ -425,19 +430,24 @@ class CudaOps final : public Ops {
   /// multiprocessor: products beside each other divide the multiprocessors, or else each waits for
   /// the other's blocks to leave. H100, 2.8b: steps of 16 and 32 sequences 6 to 7% shorter so, of
   /// 64 1.6%, of 128 0.4%; 1.4b: 8% at 16, 3 to 6% at 64 and 128.
-  [[nodiscard]] int most_blocks(int64_t n_row, cudaStream_t stream) const {
+  [[nodiscard]] int most_blocks(int64_t n_row, bool aside) const {
     const int n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
     if (!settling_) return std::numeric_limits<int>::max();
-    return n_sm * (stream == aside_ && n_row > 32 ? 41 : 31) / 100;
+    return n_sm * (aside && n_row > 32 ? 41 : 31) / 100;
   }
 
+  /// `aside`: beside what else there is between linear_soon and settle, in a captured step. Before
+  /// it is captured only the stream differs, and no bit: what runs on a second stream leaves the
+  /// process' later steps with gaps of 0.95 and 0.47 us between their nodes for 0.25 and 0.12
+  /// (H100, driver 580: 2 to 6% of a step; a second branch of a graph does not).
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
-               bool accumulate, cudaStream_t stream) {
+               bool accumulate, bool aside = false) {
+    cudaStream_t const stream = aside && capturing() ? aside_ : stream_;
     // A few rows of a small matrix are sooner read than a ring is set up.
     const bool brief = in.dim(0) <= kGemvRows && W.bytes() < kRingBytes;
-    const int blocks = most_blocks(in.dim(0), stream);
+    const int blocks = most_blocks(in.dim(0), aside);
     if (!brief && skinny_gemm(out, in, W, bias, accumulate, blocks, stream)) return;
-    Gemm& gemm = stream == aside_ ? *aside_gemm_ : *gemm_;
+    Gemm& gemm = aside ? *aside_gemm_ : *gemm_;
     if (in.dim(0) > kGemvRows && gemm.run(out, in, W, accumulate, stream)) {
       if (bias) add_bias(out, bias, stream);
       return;

@@ -461,9 +461,8 @@ __global__ void read_cycles(int which) {
   }
 }
 
-/// On the stream of the work: after a kernel on another one the nodes of some graphs of the second
-/// model of a process and later ones lay 0.95 and 0.47 us apart instead of 0.25 and 0.12, for good
-/// (H100, driver 580: 6% of a step of 370m with 256 sequences).
+/// On the stream of the work: a kernel on another one may slow down all later steps
+/// (CudaOps::product).
 void read_clock(int which, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount));
   read_cycles<<<blocks, 1024, 0, stream>>>(which);
