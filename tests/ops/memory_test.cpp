@@ -1,6 +1,7 @@
 // Memory and weights: what a backend hands out, copies, converts and refuses.
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "ops/ops_test_util.h"
@@ -124,12 +125,17 @@ TEST_P(Memory, SecondsAreThoseOfTheWork) {
   };
   copies(10);
   op.synchronize();
-  const auto start = std::chrono::steady_clock::now();
-  const double seconds = op.seconds([&] { copies(100); });
-  const std::chrono::duration<double> host = std::chrono::steady_clock::now() - start;
-  EXPECT_GT(seconds, 0.0);
-  EXPECT_LE(seconds, host.count());
-  EXPECT_GT(seconds, 0.3 * host.count());
+  double seconds = 0;
+  double share = 0;  // of the host's time, the largest: other processes only lengthen that
+  for (int i = 0; i < 10; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    seconds = op.seconds([&] { copies(100); });
+    const std::chrono::duration<double> host = std::chrono::steady_clock::now() - start;
+    EXPECT_GT(seconds, 0.0);
+    EXPECT_LE(seconds, host.count());
+    share = std::max(share, seconds / host.count());
+  }
+  EXPECT_GT(share, 0.3);
   EXPECT_LT(op.seconds([] {}), 0.5 * seconds);
 }
 
