@@ -437,9 +437,9 @@ class CudaOps final : public Ops {
   }
 
   /// `aside`: beside what else there is between linear_soon and settle, in a captured step. Before
-  /// it is captured only the stream differs, and no bit: what runs on a second stream leaves the
+  /// it is captured only the stream differs, and no bit: a kernel on a second stream can leave the
   /// process' later steps with gaps of 0.95 and 0.47 us between their nodes for 0.25 and 0.12
-  /// (H100, driver 580: 2 to 6% of a step; a second branch of a graph does not).
+  /// (H100, driver 580: 2 to 6% of a step). It is not the only way there.
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
                bool accumulate, bool aside = false) {
     cudaStream_t const stream = aside && capturing() ? aside_ : stream_;
