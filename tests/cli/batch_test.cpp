@@ -460,6 +460,15 @@ class BatchCrashTest : public BatchTest {
     std::printf("%s%d killed, %d had finished; %s", log.c_str(), killed, finished,
                 last.err.c_str());
   }
+
+  /// Until something is answered: then the guard stands. Beside other work that can take long.
+  void await_answers() {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(2);
+    while (std::chrono::steady_clock::now() < end &&
+           (!fs::exists(path("out.jsonl")) || read("out.jsonl").empty())) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  }
 };
 
 TEST_F(BatchCrashTest, KilledRunsResume) { kill_and_resume(60, 8); }
@@ -471,11 +480,7 @@ TEST_F(BatchCrashTest, SignalsLeaveWholeLines) {
                                       "-o",    path("out.jsonl")};
   for (const int signal : {SIGINT, SIGTERM}) {
     const Started run(args, path("err"));
-    // Until something is answered: then the guard stands.
-    for (int i = 0; i < 2000 && (!fs::exists(path("out.jsonl")) || read("out.jsonl").empty());
-         ++i) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    }
+    await_answers();
     EXPECT_EQ(run.wait(signal), 130) << read("err");
     EXPECT_THAT(read("err"), HasSubstr("interrupted"));
     const Answers some = answers_in(read("out.jsonl"));
@@ -490,9 +495,7 @@ TEST_F(BatchCrashTest, ASecondRunIsRefused) {
   const std::string in = write("in.jsonl", prompts(300));
   const std::string out = path("out.jsonl");
   const Started run({"batch", "--device", "cpu", "-i", in, "-o", out}, path("err"));
-  for (int i = 0; i < 2000 && (!fs::exists(out) || read("out.jsonl").empty()); ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
+  await_answers();
   const RunResult second = batch({"-i", in, "-o", out});
   EXPECT_EQ(second.exit_code, 3);
   EXPECT_THAT(second.err, HasSubstr("another run"));
