@@ -408,7 +408,7 @@ class CudaOps final : public Ops {
   /// state writes it: so the first one may. Behind cuBLASLt's products, which let nobody start
   /// early, it would gain nothing.
   bool early(const Tensor& state, const Batch& batch) {
-    return read_early_ && batch.n_seq <= kEarlyRows && read_early_->insert(state.data).second;
+    return capturing() && batch.n_seq <= kEarlyRows && read_early_->insert(state.data).second;
   }
 
   [[nodiscard]] bool capturing() const { return read_early_.has_value(); }
@@ -442,7 +442,7 @@ class CudaOps final : public Ops {
   /// (H100, driver 580: 2 to 6% of a step). It is not the only way there.
   void product(const Tensor& out, const Tensor& in, const Tensor& W, const Tensor& bias,
                bool accumulate, bool aside = false) {
-    cudaStream_t const stream = aside && capturing() ? aside_ : stream_;
+    const cudaStream_t stream = aside && capturing() ? aside_ : stream_;
     // A few rows of a small matrix are sooner read than a ring is set up.
     const bool brief = in.dim(0) <= kGemvRows && W.bytes() < kRingBytes;
     const int blocks = most_blocks(in.dim(0), aside);
@@ -498,7 +498,7 @@ class CudaOps final : public Ops {
 
   int index_;
   cudaStream_t stream_ = nullptr;
-  cudaStream_t aside_ = nullptr;  ///< beside it, between linear_soon and settle
+  cudaStream_t aside_ = nullptr;  ///< beside it in captured steps, between linear_soon and settle
   cudaEvent_t forked_ = nullptr;
   cudaEvent_t joined_ = nullptr;
   bool in_step_ = false;

@@ -18,6 +18,7 @@ namespace {
 TEST(Primitives, NoDeviceIsAnError) {
   if (cuda_device_count() > 0) GTEST_SKIP() << "there is a device";
   EXPECT_TRUE(throws(ErrorKind::device, "", [] { (void)measure_primitives(0); }));
+  EXPECT_TRUE(throws(ErrorKind::device, "", [] { (void)make_cuda_ops(0); }));
 }
 
 TEST(GpuPrimitives, AreMeasured) {
